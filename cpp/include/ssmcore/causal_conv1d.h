@@ -1,0 +1,48 @@
+// The causal depthwise convolution that precedes the scan in a Mamba block.
+#pragma once
+
+#include "ssmcore/context.h"
+#include "ssmcore/tensor.h"
+
+namespace ssmcore {
+
+enum class Activation : uint8_t { none, silu };
+
+// out(t) = act(bias[d] + Σ_w weight[d, w] x(t - width + 1 + w)), where x before the start comes
+// from initial_state, or is 0.
+struct CausalConv1dFwdArgs {
+  TensorView x;       // (batch, dim, seqlen): float32, bfloat16 or float16
+  TensorView weight;  // (dim, width), width 2 to 8, x's dtype or float32
+  TensorView bias;    // optional (dim), x's dtype or float32
+  Activation activation = Activation::none;
+
+  // The state is (slots, dim, state_len), oldest first, in x's dtype, state_len ≥ width - 1.
+  // Without state_indices slots = batch. The two may be the same memory.
+  TensorView initial_state;  // optional: the inputs before x; the last width - 1 are used
+  TensorView final_state;    // optional, written: the last state_len of (initial_state, x)
+  TensorView state_indices;  // optional (batch), int32, as in SelectiveScanFwdArgs
+
+  TensorView out;  // (batch, dim, seqlen), x's dtype, written; overlaps no input
+};
+
+size_t causal_conv1d_fwd_workspace_size(const CausalConv1dFwdArgs& args, const Context& context);
+
+void causal_conv1d_fwd(const CausalConv1dFwdArgs& args, const Exec& exec);
+
+// The same for the next few tokens of a running sequence, updating `conv_state` in place.
+struct CausalConv1dUpdateArgs {
+  TensorView x;           // (batch, dim) or (batch, dim, tokens)
+  TensorView conv_state;  // (slots, dim, state_len), updated
+  TensorView weight;      // (dim, width)
+  TensorView bias;        // optional (dim)
+  Activation activation = Activation::none;
+  TensorView state_indices;  // optional (batch), int32
+  TensorView out;            // x's shape, written
+};
+
+size_t causal_conv1d_update_workspace_size(const CausalConv1dUpdateArgs& args,
+                                           const Context& context);
+
+void causal_conv1d_update(const CausalConv1dUpdateArgs& args, const Exec& exec);
+
+}  // namespace ssmcore

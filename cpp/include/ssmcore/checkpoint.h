@@ -1,0 +1,37 @@
+// Reading model folders: config.json and safetensors, mapped and checked.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+
+#include "ssmcore/model_config.h"
+#include "ssmcore/tensor.h"
+
+namespace ssmcore {
+
+// Stored tensors by name, and whatever keeps their memory alive. The memory may be read-only, and
+// nothing aligns a tensor's data to its dtype. A stored scalar has shape (1).
+struct TensorMap {
+  std::map<std::string, TensorView> tensors;
+  std::shared_ptr<const void> owner;
+};
+
+// One model folder as stored. Files are mapped, so a tensor costs memory only once it is touched.
+struct Checkpoint {
+  ModelConfig config;
+  TensorMap tensors;
+};
+
+// Opens a folder with config.json and model.safetensors, or shards named by
+// model.safetensors.index.json. As in transformers, generation_config.json, if there, decides the
+// end-of-sequence ids, even when it names none.
+// Throws Error(not_found) for a path or file that is not there and Error(invalid_checkpoint) for
+// one that is damaged; whatever the files hold, nothing is read outside them.
+Checkpoint open_checkpoint(const std::string& folder);
+
+// The tensors of one .safetensors file: F32, F64, BF16, F16, I32 or I64, of rank up to kMaxRank.
+// Throws as open_checkpoint does.
+TensorMap open_safetensors(const std::string& path);
+
+}  // namespace ssmcore

@@ -1,0 +1,64 @@
+// Context: what is made once per device. Exec: where and with what one call runs.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+
+#include "ssmcore/buffer.h"
+#include "ssmcore/tensor.h"
+
+namespace ssmcore {
+
+class ThreadPool;
+
+// CPU instruction sets for which the kernels are compiled, in ascending order.
+enum class Isa { baseline, avx2, avx512 };
+
+const char* isa_name(Isa isa);
+// The best instruction set that this build has kernels for and this machine runs.
+Isa detect_isa();
+
+struct ContextOptions {
+  // CPU threads that one call uses, the caller's included. 0: SSMCORE_NUM_THREADS if set, else
+  // every core this process may run on.
+  int num_threads = 0;
+  // Memory for buffers that ssmcore makes for the caller. Null: the device's default.
+  Allocator* allocator = nullptr;
+};
+
+// Device properties, thread pool and allocator for one device. Made once and held by the caller;
+// usable from several threads at a time (calls on one CPU context share its threads in turn).
+// The CPU instruction set is detect_isa(), or a lower one named by SSMCORE_ISA.
+class Context {
+ public:
+  // Throws Error(unsupported) for a device this build or machine does not have.
+  explicit Context(Device device = {}, const ContextOptions& options = {});
+  ~Context();
+  Context(const Context&) = delete;
+  Context& operator=(const Context&) = delete;
+
+  Device device() const { return device_; }
+  Isa isa() const { return isa_; }
+  Allocator& allocator() const { return *allocator_; }
+  ThreadPool& thread_pool() const { return *thread_pool_; }
+  int num_threads() const;
+  // Waits for running calls. Throws Error(invalid_argument) for n < 1.
+  void set_num_threads(int n);
+
+ private:
+  Device device_;
+  Isa isa_;
+  Allocator* allocator_;
+  std::unique_ptr<ThreadPool> thread_pool_;
+};
+
+// Everything a call needs besides its tensors. Operators allocate nothing: the caller provides
+// `workspace`, at least as large as the operator's *_workspace_size says, aligned to 64 bytes.
+struct Exec {
+  const Context& context;
+  void* stream = nullptr;  // device stream; the CPU ignores it
+  void* workspace = nullptr;
+  size_t workspace_bytes = 0;
+};
+
+}  // namespace ssmcore

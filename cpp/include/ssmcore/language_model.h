@@ -1,0 +1,91 @@
+// A whole language model: embedding, pre-norm residual blocks, final norm, head.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "ssmcore/buffer.h"
+#include "ssmcore/checkpoint.h"
+#include "ssmcore/context.h"
+#include "ssmcore/model_config.h"
+#include "ssmcore/tensor.h"
+
+namespace ssmcore {
+
+class Mixer;
+
+// The memory of running sequences: for every layer, the tensors its mixer carries from one token to
+// the next, with one slot a sequence. Belongs to the model that made it.
+class ModelState {
+ public:
+  int64_t num_slots() const { return num_slots_; }
+  size_t nbytes() const;
+  // Back to the start of a sequence. Throws Error(invalid_argument) for a slot out of range.
+  void reset_slot(int64_t slot);
+  void copy_slot(int64_t from, int64_t to);
+
+ private:
+  friend class LanguageModel;
+  void check_slot(const char* name, int64_t slot) const;
+
+  // tensors[layer][i], each with num_slots rows along its first dimension.
+  std::vector<std::vector<TensorView>> tensors_;
+  Buffer buffer_;
+  int64_t num_slots_ = 0;
+  const void* model_ = nullptr;
+};
+
+struct LanguageModelFwdArgs {
+  TensorView token_ids;         // (batch, seqlen), int32 or int64, seqlen ≥ 1
+  ModelState* state = nullptr;  // read, then updated
+  TensorView state_indices;     // optional (batch), int32: each row's slot, all different; absent:
+                                // row b uses slot b, and the state has as many slots as rows
+  TensorView logits;  // float32, written: (batch, seqlen, vocab_size); or (batch, vocab_size) for
+                      // the last position alone; or absent
+};
+
+struct LoadOptions {
+  DType dtype =
+      DType::float32;  // activations: float32, bfloat16 or float16; weights stay as stored
+};
+
+// Immutable once made, so threads may share it, each with its own state and workspace. The context
+// must outlive it.
+class LanguageModel {
+ public:
+  // Throws Error(invalid_checkpoint) for a missing or wrongly shaped tensor.
+  LanguageModel(const Checkpoint& checkpoint, const Context& context,
+                const LoadOptions& options = {});
+  ~LanguageModel();
+  LanguageModel(LanguageModel&&) noexcept;
+
+  const ModelConfig& config() const { return config_; }
+  DType dtype() const { return dtype_; }
+  int64_t num_parameters() const { return num_parameters_; }
+
+  ModelState new_state(int64_t num_slots) const;
+
+  // Sequences are processed in chunks, so that this stays bounded however long they are.
+  size_t workspace_size(int64_t batch, int64_t seqlen, const Context& context) const;
+  void forward(const LanguageModelFwdArgs& args, const Exec& exec) const;
+
+ private:
+  struct Layer;
+
+  void forward_chunk(const LanguageModelFwdArgs& args, int64_t begin, int64_t length,
+                     const TensorView& logits, const Exec& exec) const;
+
+  ModelConfig config_;
+  DType dtype_ = DType::float32;
+  int64_t num_parameters_ = 0;
+  Allocator* allocator_ = nullptr;
+  TensorMap stored_;             // the checkpoint's memory, which dense weights point into
+  std::vector<Buffer> buffers_;  // weights that had to be converted
+  std::vector<Layer> layers_;
+  TensorView embedding_;
+  TensorView head_;
+  TensorView norm_f_;
+};
+
+}  // namespace ssmcore

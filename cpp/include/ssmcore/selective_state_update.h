@@ -1,0 +1,31 @@
+// One step of the selective scan, for decoding.
+#pragma once
+
+#include "ssmcore/context.h"
+#include "ssmcore/tensor.h"
+
+namespace ssmcore {
+
+// The recurrence of selective_scan.h for one time step, updating `state` in place. The same code
+// computes both, so stepping and scanning agree.
+struct SelectiveStateUpdateArgs {
+  TensorView state;  // (slots, dim, dstate), float32, updated; slots = batch without state_indices
+  TensorView x;      // (batch, dim): float32, bfloat16 or float16
+  TensorView dt;     // (batch, dim), x's dtype
+  TensorView A;      // (dim, dstate), float32
+  TensorView B;      // (batch, dstate) or (batch, ngroups, dstate), x's dtype
+  TensorView C;      // like B
+  TensorView D;      // optional (dim), float32
+  TensorView z;      // optional (batch, dim), x's dtype
+  TensorView dt_bias;  // optional (dim), float32
+  bool dt_softplus = false;
+  TensorView state_indices;  // optional (batch), int32, as in SelectiveScanFwdArgs
+  TensorView out;            // (batch, dim), x's dtype, written
+};
+
+size_t selective_state_update_workspace_size(const SelectiveStateUpdateArgs& args,
+                                             const Context& context);
+
+void selective_state_update(const SelectiveStateUpdateArgs& args, const Exec& exec);
+
+}  // namespace ssmcore

@@ -1,0 +1,124 @@
+#include "ssmcore/causal_conv1d.h"
+
+#include "checks.h"
+#include "kernels.h"
+
+namespace ssmcore {
+namespace {
+
+constexpr int64_t kMinWidth = 2;
+constexpr int64_t kMaxWidth = 8;
+
+CausalConv1dFwdParams lower(const CausalConv1dFwdArgs& args, const Context& context) {
+  const Checks check("causal_conv1d", context.device());
+  check.rank(args.x, "x", 3, "(batch, dim, seqlen)");
+  check.rank(args.weight, "weight", 2, "(dim, width)");
+  const Dim batch{"batch", args.x.shape[0]}, dim{"dim", args.x.shape[1]},
+      seqlen{"seqlen", args.x.shape[2]}, width{"width", args.weight.shape[1]};
+  const DType dtype = args.x.dtype;
+
+  check.input(args.x, "x", {batch, dim, seqlen}, kActivationTypes);
+  check.input(args.weight, "weight", {dim, width}, {dtype, DType::float32});
+  check.require(width.size >= kMinWidth && width.size <= kMaxWidth, [&] {
+    return "weight has width " + std::to_string(width.size) + ", expected " +
+           std::to_string(kMinWidth) + " to " + std::to_string(kMaxWidth);
+  });
+  check.optional(args.bias, "bias", {dim}, {dtype, DType::float32});
+  check.output(args.out, "out", {batch, dim, seqlen}, {dtype});
+
+  CausalConv1dFwdParams params{};
+  const TensorView& any_state = args.initial_state ? args.initial_state : args.final_state;
+  if (any_state) {
+    const char* name = args.initial_state ? "initial_state" : "final_state";
+    check.rank(any_state, name, 3, "(slots, dim, state_len)");
+    const Dim slots{"slots", args.state_indices ? any_state.shape[0] : batch.size},
+        state_len{"state_len", any_state.shape[2]};
+    check.require(state_len.size >= width.size - 1, [&] {
+      return std::string(name) + " has state_len " + std::to_string(state_len.size) +
+             ", expected at least width - 1 = " + std::to_string(width.size - 1);
+    });
+    check.optional(args.initial_state, "initial_state", {slots, dim, state_len}, {dtype});
+    if (args.final_state)
+      check.output(args.final_state, "final_state", {slots, dim, state_len}, {dtype});
+    check.state_indices(args.state_indices, batch.size, slots.size);
+    params.state_len = state_len.size;
+  }
+
+  params.dtype = dtype;
+  params.weight_dtype = args.weight.dtype;
+  params.bias_dtype = args.bias.dtype;
+  params.batch = batch.size;
+  params.dim = dim.size;
+  params.seqlen = seqlen.size;
+  params.width = width.size;
+  params.activation = args.activation;
+  params.x = Strided<3>(args.x);
+  params.out = Strided<3>(args.out);
+  params.weight = Strided<2>(args.weight);
+  params.bias = Strided<1>(args.bias);
+  params.initial_state = Strided<3>(args.initial_state);
+  params.final_state = Strided<3>(args.final_state);
+  params.state_indices = Strided<1>(args.state_indices);
+  return params;
+}
+
+TensorView as_sequence(const TensorView& view) {
+  return view.rank == 2 ? view.unsqueeze(2) : view;
+}
+
+CausalConv1dFwdArgs as_sequence(const CausalConv1dUpdateArgs& args, const Context& context) {
+  const Checks check("causal_conv1d_update", context.device());
+  check.require(args.x.rank == 2 || args.x.rank == 3, [&] {
+    return "x" + (args.x ? " has shape " + args.x.shape_string() : " is missing") +
+           ", expected (batch, dim) or (batch, dim, tokens)";
+  });
+  check.rank(args.conv_state, "conv_state", 3, "(slots, dim, state_len)");
+  const int64_t slots = args.state_indices ? args.conv_state.shape[0] : args.x.shape[0];
+  check.output(
+      args.conv_state, "conv_state",
+      {{"slots", slots}, {"dim", args.x.shape[1]}, {"state_len", args.conv_state.shape[2]}},
+      {args.x.dtype});
+  check.require(args.out.rank == args.x.rank, [&] {
+    return "out has shape " + args.out.shape_string() + ", expected x's " + args.x.shape_string();
+  });
+
+  CausalConv1dFwdArgs sequence;
+  sequence.x = as_sequence(args.x);
+  sequence.weight = args.weight;
+  sequence.bias = args.bias;
+  sequence.activation = args.activation;
+  sequence.initial_state = args.conv_state;
+  sequence.final_state = args.conv_state;
+  sequence.state_indices = args.state_indices;
+  sequence.out = as_sequence(args.out);
+  return sequence;
+}
+
+// Only when it runs: the memory of arguments that ask for a size may be made up.
+void check_overlap(const CausalConv1dFwdArgs& args, const Context& context) {
+  const Checks check("causal_conv1d", context.device());
+  check.disjoint(args.out, "out", args.x, "x");
+}
+
+}  // namespace
+
+size_t causal_conv1d_fwd_workspace_size(const CausalConv1dFwdArgs& args, const Context& context) {
+  return kernel_table(context).causal_conv1d_fwd.workspace_size(lower(args, context), context);
+}
+
+void causal_conv1d_fwd(const CausalConv1dFwdArgs& args, const Exec& exec) {
+  const auto params = lower(args, exec.context);
+  check_overlap(args, exec.context);
+  launch("causal_conv1d", kernel_table(exec.context).causal_conv1d_fwd, params, exec);
+}
+
+size_t causal_conv1d_update_workspace_size(const CausalConv1dUpdateArgs& args,
+                                           const Context& context) {
+  return causal_conv1d_fwd_workspace_size(as_sequence(args, context), context);
+}
+
+void causal_conv1d_update(const CausalConv1dUpdateArgs& args, const Exec& exec) {
+  causal_conv1d_fwd(as_sequence(args, exec.context), exec);
+}
+
+}  // namespace ssmcore

@@ -1,0 +1,178 @@
+#include "checks.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "ssmcore/error.h"
+
+namespace ssmcore {
+namespace {
+
+std::string expected_shape(std::initializer_list<Dim> shape) {
+  std::string text = "(";
+  for (const Dim& dim : shape) {
+    if (text.size() > 1) text += ", ";
+    text += std::string(dim.name) + " " + std::to_string(dim.size);
+  }
+  return text + ")";
+}
+
+// The bytes from the first to the last element.
+struct Extent {
+  const char* begin;
+  const char* end;
+};
+
+Extent extent_of(const TensorView& tensor) {
+  int64_t last = 0;
+  for (int i = 0; i < tensor.rank; ++i) {
+    if (tensor.shape[i] == 0) return {nullptr, nullptr};
+    last += (tensor.shape[i] - 1) * tensor.strides[i];
+  }
+  const char* begin = static_cast<const char*>(tensor.data);
+  return {begin, begin + (last + 1) * static_cast<int64_t>(dtype_size(tensor.dtype))};
+}
+
+// Whether no two elements of the tensor share memory, as far as its strides show.
+bool elements_are_distinct(const TensorView& tensor) {
+  std::vector<int> dims;
+  for (int i = 0; i < tensor.rank; ++i)
+    if (tensor.shape[i] > 1) dims.push_back(i);
+  std::sort(dims.begin(), dims.end(),
+            [&](int a, int b) { return tensor.strides[a] < tensor.strides[b]; });
+  int64_t extent = 1;  // elements spanned by the dimensions before
+  for (int i : dims) {
+    if (tensor.strides[i] < extent) return false;
+    extent += (tensor.shape[i] - 1) * tensor.strides[i];
+  }
+  return true;
+}
+
+bool is_dense(const TensorView& tensor, const Extent& extent) {
+  return extent.end - extent.begin ==
+         tensor.numel() * static_cast<int64_t>(dtype_size(tensor.dtype));
+}
+
+}  // namespace
+
+void Checks::fail(const std::string& message) const {
+  throw Error(ErrorCode::invalid_argument, std::string(op_) + ": " + message);
+}
+
+void Checks::rank(const TensorView& tensor, const char* name, int rank, const char* dims) const {
+  require(static_cast<bool>(tensor), [&] { return std::string(name) + " is missing"; });
+  require(tensor.rank == rank, [&] {
+    return std::string(name) + " has shape " + tensor.shape_string() + ", expected " +
+           std::to_string(rank) + " dimensions " + dims;
+  });
+  for (int i = 0; i < rank; ++i)
+    require(tensor.shape[i] > 0, [&] {
+      return std::string(name) + " has shape " + tensor.shape_string() + ", every size of " + dims +
+             " must be positive";
+    });
+}
+
+void Checks::input(const TensorView& tensor, const char* name, std::initializer_list<Dim> shape,
+                   std::initializer_list<DType> dtypes) const {
+  require(static_cast<bool>(tensor), [&] { return std::string(name) + " is missing"; });
+  require(tensor.rank == static_cast<int>(shape.size()), [&] {
+    return std::string(name) + " has shape " + tensor.shape_string() + ", expected " +
+           expected_shape(shape);
+  });
+  int i = 0;
+  for (const Dim& dim : shape) {
+    require(tensor.shape[i] == dim.size, [&] {
+      return std::string(name) + " has " + dim.name + " " + std::to_string(tensor.shape[i]) +
+             ", expected " + std::to_string(dim.size) + " (shape " + tensor.shape_string() +
+             ", expected " + expected_shape(shape) + ")";
+    });
+    require(tensor.strides[i] >= 0, [&] {
+      return std::string(name) + " has a negative stride in " + dim.name +
+             "; strides must not be negative";
+    });
+    ++i;
+  }
+  require(std::find(dtypes.begin(), dtypes.end(), tensor.dtype) != dtypes.end(), [&] {
+    std::string expected;
+    for (DType dtype : dtypes)
+      expected += (expected.empty() ? "" : " or ") + std::string(dtype_name(dtype));
+    return std::string(name) + " has dtype " + dtype_name(tensor.dtype) + ", expected " + expected;
+  });
+  require(tensor.device == device_, [&] {
+    return std::string(name) + " is on " + to_string(tensor.device) + ", expected " +
+           to_string(device_);
+  });
+  require(tensor.data != nullptr || tensor.numel() == 0,
+          [&] { return std::string(name) + " has no memory"; });
+  require(reinterpret_cast<uintptr_t>(tensor.data) % dtype_size(tensor.dtype) == 0, [&] {
+    return std::string(name) + " is not aligned to its dtype, " + dtype_name(tensor.dtype);
+  });
+}
+
+void Checks::optional(const TensorView& tensor, const char* name, std::initializer_list<Dim> shape,
+                      std::initializer_list<DType> dtypes) const {
+  if (tensor) input(tensor, name, shape, dtypes);
+}
+
+void Checks::output(const TensorView& tensor, const char* name, std::initializer_list<Dim> shape,
+                    std::initializer_list<DType> dtypes) const {
+  input(tensor, name, shape, dtypes);
+  require(elements_are_distinct(tensor),
+          [&] { return std::string(name) + " is written, but its strides make elements overlap"; });
+}
+
+void Checks::disjoint(const TensorView& output, const char* name, const TensorView& other,
+                      const char* other_name) const {
+  if (!output || !other) return;
+  const Extent a = extent_of(output), b = extent_of(other);
+  const bool may_meet = a.begin < b.end && b.begin < a.end;
+  // Two views with gaps may interleave without meeting; a view without gaps cannot.
+  const bool overlap =
+      may_meet && (a.begin == b.begin || is_dense(output, a) || is_dense(other, b));
+  require(!overlap, [&] { return std::string(name) + " is written, but overlaps " + other_name; });
+}
+
+void Checks::state_indices(const TensorView& indices, int64_t batch, int64_t slots) const {
+  if (!indices) return;
+  input(indices, "state_indices", {{"batch", batch}}, {DType::int32});
+  if (device_.type != DeviceType::cpu) return;
+  std::vector<bool> used(static_cast<size_t>(slots), false);
+  for (int64_t b = 0; b < batch; ++b) {
+    const int32_t slot = indices.as<const int32_t>()[b * indices.strides[0]];
+    if (slot < 0) continue;
+    require(slot < slots, [&] {
+      return "state_indices[" + std::to_string(b) + "] is " + std::to_string(slot) +
+             ", the state has " + std::to_string(slots) + " slots";
+    });
+    require(!used[slot], [&] {
+      return "state_indices holds slot " + std::to_string(slot) + " twice; slots must differ";
+    });
+    used[slot] = true;
+  }
+}
+
+void Checks::token_ids(const TensorView& ids, int64_t vocab_size) const {
+  if (device_.type != DeviceType::cpu) return;
+  if (ids.rank > 1) {
+    for (int64_t i = 0; i < ids.shape[0]; ++i) token_ids(ids.select(0, i), vocab_size);
+    return;
+  }
+  for (int64_t i = 0; i < ids.shape[0]; ++i) {
+    const int64_t at = i * ids.strides[0];
+    const int64_t id =
+        ids.dtype == DType::int32 ? ids.as<const int32_t>()[at] : ids.as<const int64_t>()[at];
+    require(id >= 0 && id < vocab_size, [&] {
+      return "token_ids holds " + std::to_string(id) + " at position " + std::to_string(i) +
+             ", expected 0 to " + std::to_string(vocab_size - 1);
+    });
+  }
+}
+
+void Checks::workspace(const Exec& exec, size_t needed) const {
+  require(exec.workspace_bytes >= needed && (needed == 0 || exec.workspace), [&] {
+    return "workspace has " + std::to_string(exec.workspace ? exec.workspace_bytes : 0) +
+           " bytes, expected " + std::to_string(needed);
+  });
+}
+
+}  // namespace ssmcore

@@ -1,0 +1,65 @@
+// What every operator checks before it runs.
+#pragma once
+
+#include <initializer_list>
+#include <string>
+
+#include "ssmcore/context.h"
+#include "ssmcore/tensor.h"
+
+namespace ssmcore {
+
+// One expected dimension: its name in the vocabulary, and its size.
+struct Dim {
+  const char* name;
+  int64_t size;
+};
+
+// Checks the tensors of one call. Every failure throws Error(invalid_argument) that begins with
+// the operator's name and names the argument.
+class Checks {
+ public:
+  Checks(const char* op, Device device) : op_(op), device_(device) {}
+
+  // A required tensor of this rank, whose sizes are then read; none may be 0.
+  void rank(const TensorView& tensor, const char* name, int rank, const char* dims) const;
+
+  // A required tensor of exactly this shape and one of these dtypes, on the call's device.
+  void input(const TensorView& tensor, const char* name, std::initializer_list<Dim> shape,
+             std::initializer_list<DType> dtypes) const;
+  // The same, or absent.
+  void optional(const TensorView& tensor, const char* name, std::initializer_list<Dim> shape,
+                std::initializer_list<DType> dtypes) const;
+  // A required tensor that will be written: also refuses elements that share memory.
+  void output(const TensorView& tensor, const char* name, std::initializer_list<Dim> shape,
+              std::initializer_list<DType> dtypes) const;
+  // Refuses an output that is certain to overlap another argument.
+  void disjoint(const TensorView& output, const char* name, const TensorView& other,
+                const char* other_name) const;
+
+  // state_indices: (batch) int32; on the CPU also that each is below `slots` and none repeats.
+  void state_indices(const TensorView& indices, int64_t batch, int64_t slots) const;
+
+  // Token ids, int32 or int64: on the CPU, each in [0, vocab_size).
+  void token_ids(const TensorView& ids, int64_t vocab_size) const;
+
+  void workspace(const Exec& exec, size_t needed) const;
+
+  // Throws "op: message" unless `condition`.
+  template <typename Message>  // a callable, so that the text is only built for a failure
+  void require(bool condition, const Message& message) const {
+    if (!condition) fail(message());
+  }
+
+  [[noreturn]] void fail(const std::string& message) const;
+
+ private:
+  const char* op_;
+  Device device_;
+};
+
+// The dtypes an activation, and a weight, may have.
+inline constexpr std::initializer_list<DType> kActivationTypes = {DType::float32, DType::bfloat16,
+                                                                  DType::float16};
+
+}  // namespace ssmcore

@@ -1,0 +1,69 @@
+// The RMS norm on the CPU, a row at a time.
+#include "../rms_norm_params.h"
+#include "../scratch.h"
+#include "../thread_pool.h"
+#include "row.h"
+#include "ssmcore/context.h"
+
+namespace ssmcore::cpu::SSMCORE_CPU_NAMESPACE {
+namespace {
+
+constexpr int64_t kTaskRows = 8;
+
+// One worker's memory, as floats: rows padded with zeros to whole vectors.
+struct Workspace {
+  float *x, *residual, *weight, *out;  // (dim)
+
+  Workspace(const RmsNormFwdParams& p, Scratch& scratch) {
+    const int64_t padded = (p.dim + kLanes - 1) / kLanes * kLanes;
+    for (float** piece : {&x, &residual, &weight, &out}) *piece = scratch.floats(padded);
+  }
+
+  static size_t bytes(const RmsNormFwdParams& p) {
+    Scratch scratch = Scratch::nowhere();
+    Workspace(p, scratch);
+    return scratch.used();
+  }
+};
+
+void norm_row(const RmsNormFwdParams& p, const Workspace& w, int64_t row) {
+  load_row(row_of(p.x, p.dtype, row), p.dtype, p.x.stride[1], p.dim, w.x);
+  if (p.residual) {
+    load_row(row_of(p.residual, p.residual_dtype, row), p.residual_dtype, p.residual.stride[1],
+             p.dim, w.residual);
+    for (int64_t i = 0; i < p.dim; i += kLanes)
+      store(w.x + i, load(w.x + i) + load(w.residual + i));
+  }
+  if (p.residual_out)
+    store_row(w.x, p.dim, row_of(p.residual_out, p.residual_out_dtype, row), p.residual_out_dtype,
+              p.residual_out.stride[1]);
+  Vec squares{};
+  for (int64_t i = 0; i < p.dim; i += kLanes) squares += load(w.x + i) * load(w.x + i);
+  const float mean = horizontal_sum(squares) / static_cast<float>(p.dim);
+  const float scale = 1.0f / __builtin_sqrtf(mean + p.eps);
+  for (int64_t i = 0; i < p.dim; i += kLanes)
+    store(w.out + i, load(w.x + i) * scale * load(w.weight + i));
+  store_row(w.out, p.dim, row_of(p.out, p.out_dtype, row), p.out_dtype, p.out.stride[1]);
+}
+
+}  // namespace
+
+size_t rms_norm_fwd_workspace_size(const RmsNormFwdParams& p, const Context& context) {
+  return Workspace::bytes(p) * static_cast<size_t>(context.num_threads());
+}
+
+void rms_norm_fwd(const RmsNormFwdParams& p, const Exec& exec) {
+  const size_t bytes = Workspace::bytes(p);
+  exec.context.thread_pool().parallel_for(
+      (p.rows + kTaskRows - 1) / kTaskRows, workers_with_scratch(exec, bytes),
+      [&](int64_t task, int worker) {
+        Scratch scratch(static_cast<char*>(exec.workspace) + worker * bytes);
+        const Workspace w(p, scratch);
+        std::memset(w.x, 0, bytes);
+        load_row(p.weight.data, p.weight_dtype, p.weight.stride[0], p.dim, w.weight);
+        const int64_t begin = task * kTaskRows, end = min(begin + kTaskRows, p.rows);
+        for (int64_t row = begin; row < end; ++row) norm_row(p, w, row);
+      });
+}
+
+}  // namespace ssmcore::cpu::SSMCORE_CPU_NAMESPACE

@@ -1,0 +1,40 @@
+// Rows of an operand as floats.
+#pragma once
+
+#include <type_traits>
+
+#include "../strided.h"
+#include "vec.h"
+
+namespace ssmcore::cpu::SSMCORE_CPU_NAMESPACE {
+
+// n elements, `stride` apart, into floats.
+inline void load_row(const void* from, DType dtype, int64_t stride, int64_t n, float* row) {
+  with_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* at = static_cast<const T*>(from);
+    int64_t i = 0;
+    if (stride == 1)
+      for (; i + kLanes <= n; i += kLanes) store(row + i, load(at + i));
+    for (; i < n; ++i) row[i] = to_float(at[i * stride]);
+  });
+}
+
+inline void store_row(const float* row, int64_t n, void* to, DType dtype, int64_t stride) {
+  with_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    T* at = static_cast<T*>(to);
+    int64_t i = 0;
+    if (stride == 1)
+      for (; i + kLanes <= n; i += kLanes) store(at + i, load(row + i));
+    for (; i < n; ++i) from_float(row[i], at + i * stride);
+  });
+}
+
+// The address of row `index` of a (rows, n) operand.
+inline char* row_of(const Strided<2>& tensor, DType dtype, int64_t index) {
+  return static_cast<char*>(tensor.data) +
+         index * tensor.stride[0] * static_cast<int64_t>(dtype_size(dtype));
+}
+
+}  // namespace ssmcore::cpu::SSMCORE_CPU_NAMESPACE

@@ -1,0 +1,45 @@
+#include "ssmcore/embedding.h"
+
+#include "checks.h"
+#include "kernels.h"
+
+namespace ssmcore {
+namespace {
+
+EmbeddingParams lower(const EmbeddingArgs& args, const Context& context) {
+  const Checks check("embedding", context.device());
+  const TensorView& weight = args.weight.data;
+  check.rank(args.token_ids, "token_ids", 1, "(rows)");
+  check.rank(weight, "weight", 2, "(vocab_size, d_model)");
+  const Dim rows{"rows", args.token_ids.shape[0]}, vocab_size{"vocab_size", weight.shape[0]},
+      d_model{"d_model", weight.shape[1]};
+  check.input(args.token_ids, "token_ids", {rows}, {DType::int32, DType::int64});
+  check.input(weight, "weight", {vocab_size, d_model}, kActivationTypes);
+  check.require(d_model.size == 1 || weight.strides[1] == 1, [&] {
+    return "weight has stride " + std::to_string(weight.strides[1]) +
+           " along d_model, expected 1: rows must be contiguous";
+  });
+  check.output(args.out, "out", {rows, d_model}, kActivationTypes);
+  check.token_ids(args.token_ids, vocab_size.size);
+
+  EmbeddingParams params{};
+  params.index_dtype = args.token_ids.dtype;
+  params.weight_dtype = weight.dtype;
+  params.out_dtype = args.out.dtype;
+  params.rows = rows.size;
+  params.vocab_size = vocab_size.size;
+  params.d_model = d_model.size;
+  params.token_ids = Strided<1>(args.token_ids);
+  params.weight = weight.data;
+  params.weight_row_stride = weight.strides[0];
+  params.out = Strided<2>(args.out);
+  return params;
+}
+
+}  // namespace
+
+void embedding(const EmbeddingArgs& args, const Exec& exec) {
+  launch("embedding", kernel_table(exec.context).embedding, lower(args, exec.context), exec);
+}
+
+}  // namespace ssmcore

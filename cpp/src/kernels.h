@@ -1,0 +1,67 @@
+// The table of kernels each backend fills: the one place where operators meet devices.
+#pragma once
+
+#include <cstddef>
+
+#include "causal_conv1d_params.h"
+#include "checks.h"
+#include "embedding_params.h"
+#include "linear_params.h"
+#include "rms_norm_params.h"
+#include "sample_params.h"
+#include "selective_scan_params.h"
+#include "ssmcore/context.h"
+
+// X(name, Params): `void name(const Params&, const Exec&)` and the workspace it needs,
+// `size_t name_workspace_size(const Params&, const Context&)`.
+#define SSMCORE_FOR_EACH_VECTOR_KERNEL(X)       \
+  X(selective_scan_fwd, SelectiveScanFwdParams) \
+  X(causal_conv1d_fwd, CausalConv1dFwdParams)   \
+  X(rms_norm_fwd, RmsNormFwdParams)             \
+  X(linear, LinearParams)                       \
+  X(embedding, EmbeddingParams)
+
+#define SSMCORE_FOR_EACH_KERNEL(X)  \
+  SSMCORE_FOR_EACH_VECTOR_KERNEL(X) \
+  X(sample, SampleParams)
+
+#define SSMCORE_DECLARE_KERNEL(name, Params) \
+  void name(const Params&, const Exec&);     \
+  size_t name##_workspace_size(const Params&, const Context&);
+
+namespace ssmcore {
+
+template <typename Params>
+struct Kernel {
+  void (*run)(const Params&, const Exec&);
+  size_t (*workspace_size)(const Params&, const Context&);
+};
+
+struct KernelTable {
+#define SSMCORE_KERNEL_MEMBER(name, Params) Kernel<Params> name;
+  SSMCORE_FOR_EACH_KERNEL(SSMCORE_KERNEL_MEMBER)
+#undef SSMCORE_KERNEL_MEMBER
+};
+
+namespace cpu {
+const KernelTable& kernel_table(Isa isa);
+}
+
+namespace cuda {
+// Throws Error(unsupported) in a build without CUDA (no_cuda.cpp).
+const KernelTable& kernel_table();
+}  // namespace cuda
+
+inline const KernelTable& kernel_table(const Context& context) {
+  return context.device().type == DeviceType::cuda ? cuda::kernel_table()
+                                                   : cpu::kernel_table(context.isa());
+}
+
+// Checks the workspace, then runs the kernel.
+template <typename Params>
+void launch(const char* op, const Kernel<Params>& kernel, const Params& params, const Exec& exec) {
+  Checks(op, exec.context.device()).workspace(exec, kernel.workspace_size(params, exec.context));
+  kernel.run(params, exec);
+}
+
+}  // namespace ssmcore

@@ -1,0 +1,19 @@
+// What the matrix product's kernels are given, already checked. See ssmcore/linear.h.
+#pragma once
+
+#include "strided.h"
+
+namespace ssmcore {
+
+struct LinearParams {
+  DType dtype, weight_dtype, bias_dtype, out_dtype;
+  int64_t rows, in_features, out_features;
+
+  Strided<2> x;        // (rows, in_features)
+  const void* weight;  // (out_features, in_features), each row contiguous
+  int64_t weight_row_stride;
+  Strided<1> bias;  // (out_features)
+  Strided<2> out;   // (rows, out_features)
+};
+
+}  // namespace ssmcore

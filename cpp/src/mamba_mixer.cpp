@@ -1,0 +1,83 @@
+// The Mamba block as a mixer.
+#include <cmath>
+
+#include "mixer.h"
+#include "ssmcore/mamba_block.h"
+#include "weight_loader.h"
+
+namespace ssmcore {
+namespace {
+
+class MambaMixer final : public Mixer {
+ public:
+  MambaMixer(const ModelConfig& config, int64_t layer, DType dtype, WeightLoader& loader)
+      : conv_state_{dtype, {config.width - 1, config.dim}},
+        ssm_state_{DType::float32, {config.dstate, config.dim}} {
+    const int64_t dim = config.dim, dstate = config.dstate, d_model = config.d_model;
+    weights_.in_proj = loader.matrix("mixer.in_proj.weight", layer, 2 * dim, d_model);
+    weights_.conv_weight =
+        loader.parameter("mixer.conv1d.weight", layer, {dim, 1, config.width}).select(1, 0);
+    weights_.x_proj = loader.matrix("mixer.x_proj.weight", layer, config.dt_rank + 2 * dstate, dim);
+    weights_.dt_proj = loader.matrix("mixer.dt_proj.weight", layer, dim, config.dt_rank);
+    weights_.dt_bias = loader.parameter("mixer.dt_proj.bias", layer, {dim});
+    weights_.D = loader.parameter("mixer.D", layer, {dim});
+    weights_.out_proj = loader.matrix("mixer.out_proj.weight", layer, d_model, dim);
+    if (config.use_conv_bias)
+      weights_.conv_bias = loader.parameter("mixer.conv1d.bias", layer, {dim});
+    if (config.use_bias) {
+      weights_.in_proj_bias = loader.parameter("mixer.in_proj.bias", layer, {2 * dim});
+      weights_.out_proj_bias = loader.parameter("mixer.out_proj.bias", layer, {d_model});
+    }
+    // A = -exp(A_log), with the channels of one state side by side, as the kernels read them.
+    const TensorView A_log = loader.parameter("mixer.A_log", layer, {dim, dstate});
+    const TensorView A = loader.allocate(DType::float32, {dstate, dim});
+    for (int64_t d = 0; d < dim; ++d)
+      for (int64_t n = 0; n < dstate; ++n)
+        A.as<float>()[n * dim + d] = -std::exp(A_log.as<const float>()[d * dstate + n]);
+    weights_.A = A.transpose(0, 1);
+  }
+
+  std::vector<StateSpec> state_specs() const override { return {conv_state_, ssm_state_}; }
+
+  size_t workspace_size(const MixerFwdArgs& args, const Context& context) const override {
+    return mamba_block_fwd_workspace_size(block(args), context);
+  }
+
+  void forward(const MixerFwdArgs& args, const Exec& exec) const override {
+    mamba_block_fwd(block(args), exec);
+  }
+
+ private:
+  MambaBlockFwdArgs block(const MixerFwdArgs& args) const {
+    MambaBlockFwdArgs block;
+    block.weights = &weights_;
+    block.x = args.x;
+    block.out = args.out;
+    // Channels are contiguous in memory; the block's shapes have them in front.
+    block.conv_state = args.states[0].transpose(1, 2);
+    block.ssm_state = args.states[1].transpose(1, 2);
+    block.state_indices = args.state_indices;
+    return block;
+  }
+
+  MambaBlockWeights weights_;
+  StateSpec conv_state_, ssm_state_;
+};
+
+}  // namespace
+
+std::unique_ptr<Mixer> make_mamba_mixer(const ModelConfig& config, int64_t layer, DType dtype,
+                                        WeightLoader& loader) {
+  return std::make_unique<MambaMixer>(config, layer, dtype, loader);
+}
+
+std::unique_ptr<Mixer> make_mixer(const ModelConfig& config, int64_t layer, DType dtype,
+                                  WeightLoader& loader) {
+  switch (config.layers[static_cast<size_t>(layer)]) {
+    case MixerType::mamba:
+      break;
+  }
+  return make_mamba_mixer(config, layer, dtype, loader);
+}
+
+}  // namespace ssmcore

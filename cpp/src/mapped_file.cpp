@@ -1,0 +1,48 @@
+#include "mapped_file.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "ssmcore/error.h"
+
+namespace ssmcore {
+namespace {
+
+struct FileDescriptor {
+  int fd;
+  ~FileDescriptor() {
+    if (fd >= 0) ::close(fd);
+  }
+};
+
+}  // namespace
+
+MappedFile::MappedFile(const std::string& path, const std::string& caller) {
+  const auto fail = [&](const std::string& reason) {
+    throw Error(ErrorCode::not_found, caller + ": " + path + ": " + reason);
+  };
+  // Without O_NONBLOCK, opening a pipe would wait for its writer.
+  const FileDescriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
+  struct stat status;
+  if (file.fd < 0 || ::fstat(file.fd, &status) != 0) fail(std::strerror(errno));
+  if (S_ISDIR(status.st_mode)) fail(std::strerror(EISDIR));
+  if (!S_ISREG(status.st_mode)) fail("Not a regular file");
+  if (status.st_size == 0) return;
+
+  const size_t size = static_cast<size_t>(status.st_size);
+  void* data = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file.fd, 0);
+  if (data == MAP_FAILED) fail(std::strerror(errno));
+  data_ = static_cast<const uint8_t*>(data);
+  size_ = size;
+}
+
+MappedFile::~MappedFile() {
+  if (data_ != nullptr) ::munmap(const_cast<uint8_t*>(data_), size_);
+}
+
+}  // namespace ssmcore

@@ -1,0 +1,43 @@
+// What a language model needs of a layer's mixer, whatever it is.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "ssmcore/context.h"
+#include "ssmcore/model_config.h"
+#include "ssmcore/tensor.h"
+
+namespace ssmcore {
+
+class WeightLoader;
+
+// One tensor that a mixer carries from token to token: its dtype and the shape of one slot, in
+// memory order.
+struct StateSpec {
+  DType dtype;
+  int64_t shape[2];
+};
+
+struct MixerFwdArgs {
+  TensorView x, out;         // (batch, seqlen, d_model), contiguous, activation type
+  const TensorView* states;  // one for each of state_specs(), (slots, ...shape)
+  TensorView state_indices;  // optional (batch), int32
+};
+
+class Mixer {
+ public:
+  virtual ~Mixer() = default;
+  virtual std::vector<StateSpec> state_specs() const = 0;
+  virtual size_t workspace_size(const MixerFwdArgs& args, const Context& context) const = 0;
+  virtual void forward(const MixerFwdArgs& args, const Exec& exec) const = 0;
+};
+
+// The mixer of layer `layer`, its weights taken from `loader`.
+std::unique_ptr<Mixer> make_mixer(const ModelConfig& config, int64_t layer, DType dtype,
+                                  WeightLoader& loader);
+
+std::unique_ptr<Mixer> make_mamba_mixer(const ModelConfig& config, int64_t layer, DType dtype,
+                                        WeightLoader& loader);
+
+}  // namespace ssmcore

@@ -1,0 +1,59 @@
+#include "ssmcore/rms_norm.h"
+
+#include "checks.h"
+#include "kernels.h"
+
+namespace ssmcore {
+namespace {
+
+RmsNormFwdParams lower(const RmsNormFwdArgs& args, const Context& context) {
+  const Checks check("rms_norm", context.device());
+  check.rank(args.x, "x", 2, "(rows, dim)");
+  const Dim rows{"rows", args.x.shape[0]}, dim{"dim", args.x.shape[1]};
+  check.input(args.x, "x", {rows, dim}, kActivationTypes);
+  check.input(args.weight, "weight", {dim}, kActivationTypes);
+  check.optional(args.residual, "residual", {rows, dim}, kActivationTypes);
+  if (args.residual_out)
+    check.output(args.residual_out, "residual_out", {rows, dim}, kActivationTypes);
+  check.output(args.out, "out", {rows, dim}, kActivationTypes);
+  check.require(args.eps >= 0,
+                [&] { return "eps is " + std::to_string(args.eps) + ", expected at least 0"; });
+
+  RmsNormFwdParams params{};
+  params.dtype = args.x.dtype;
+  params.weight_dtype = args.weight.dtype;
+  params.residual_dtype = args.residual.dtype;
+  params.residual_out_dtype = args.residual_out.dtype;
+  params.out_dtype = args.out.dtype;
+  params.rows = rows.size;
+  params.dim = dim.size;
+  params.eps = args.eps;
+  params.x = Strided<2>(args.x);
+  params.residual = Strided<2>(args.residual);
+  params.residual_out = Strided<2>(args.residual_out);
+  params.out = Strided<2>(args.out);
+  params.weight = Strided<1>(args.weight);
+  return params;
+}
+
+// Only when it runs: the memory of arguments that ask for a size may be made up.
+void check_overlap(const RmsNormFwdArgs& args, const Context& context) {
+  const Checks check("rms_norm", context.device());
+  check.disjoint(args.out, "out", args.x, "x");
+  check.disjoint(args.out, "out", args.residual, "residual");
+  check.disjoint(args.out, "out", args.residual_out, "residual_out");
+}
+
+}  // namespace
+
+size_t rms_norm_fwd_workspace_size(const RmsNormFwdArgs& args, const Context& context) {
+  return kernel_table(context).rms_norm_fwd.workspace_size(lower(args, context), context);
+}
+
+void rms_norm_fwd(const RmsNormFwdArgs& args, const Exec& exec) {
+  const auto params = lower(args, exec.context);
+  check_overlap(args, exec.context);
+  launch("rms_norm", kernel_table(exec.context).rms_norm_fwd, params, exec);
+}
+
+}  // namespace ssmcore

@@ -1,0 +1,17 @@
+// What the RMS norm's kernels are given, already checked. See ssmcore/rms_norm.h.
+#pragma once
+
+#include "strided.h"
+
+namespace ssmcore {
+
+struct RmsNormFwdParams {
+  DType dtype, weight_dtype, residual_dtype, residual_out_dtype, out_dtype;
+  int64_t rows, dim;
+  float eps;
+
+  Strided<2> x, residual, residual_out, out;  // (rows, dim)
+  Strided<1> weight;                          // (dim)
+};
+
+}  // namespace ssmcore

@@ -1,0 +1,147 @@
+#include "weight_loader.h"
+
+#include <cstring>
+
+#include "ssmcore/error.h"
+
+namespace ssmcore {
+namespace {
+
+// The one table from a model's fields to stored names: transformers' first, then upstream's where
+// it differs (transformers reads both). {} stands for the layer.
+struct FieldName {
+  const char* field;
+  const char* stored[2];
+};
+
+constexpr FieldName kFieldNames[] = {
+    {"embedding", {"backbone.embeddings.weight", "backbone.embedding.weight"}},
+    {"norm_f", {"backbone.norm_f.weight"}},
+    {"lm_head", {"lm_head.weight"}},
+    {"norm", {"backbone.layers.{}.norm.weight"}},
+    {"mixer.in_proj.weight", {"backbone.layers.{}.mixer.in_proj.weight"}},
+    {"mixer.in_proj.bias", {"backbone.layers.{}.mixer.in_proj.bias"}},
+    {"mixer.conv1d.weight", {"backbone.layers.{}.mixer.conv1d.weight"}},
+    {"mixer.conv1d.bias", {"backbone.layers.{}.mixer.conv1d.bias"}},
+    {"mixer.x_proj.weight", {"backbone.layers.{}.mixer.x_proj.weight"}},
+    {"mixer.dt_proj.weight", {"backbone.layers.{}.mixer.dt_proj.weight"}},
+    {"mixer.dt_proj.bias", {"backbone.layers.{}.mixer.dt_proj.bias"}},
+    {"mixer.A_log", {"backbone.layers.{}.mixer.A_log"}},
+    {"mixer.D", {"backbone.layers.{}.mixer.D"}},
+    {"mixer.out_proj.weight", {"backbone.layers.{}.mixer.out_proj.weight"}},
+    {"mixer.out_proj.bias", {"backbone.layers.{}.mixer.out_proj.bias"}},
+};
+
+std::string with_layer(std::string name, int64_t layer) {
+  const size_t at = name.find("{}");
+  return at == std::string::npos ? name : name.replace(at, 2, std::to_string(layer));
+}
+
+std::vector<std::string> stored_names(const std::string& field, int64_t layer) {
+  std::vector<std::string> names;
+  for (const FieldName& entry : kFieldNames)
+    if (field == entry.field)
+      for (const char* name : entry.stored)
+        if (name) names.push_back(with_layer(name, layer));
+  if (names.empty()) throw Error(ErrorCode::internal, "checkpoint: no stored name for " + field);
+  return names;
+}
+
+[[noreturn]] void fail(const std::string& message) {
+  throw Error(ErrorCode::invalid_checkpoint, "checkpoint: " + message);
+}
+
+float half_to_float(uint16_t half) {
+  const uint32_t magnitude = static_cast<uint32_t>(half & 0x7fff) << 13;
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
+  uint32_t bits = magnitude | 0x7f800000u;  // infinity and NaN
+  float value;
+  if ((half & 0x7c00) != 0x7c00) {
+    std::memcpy(&value, &magnitude, sizeof(value));
+    value *= 0x1p112f;
+    std::memcpy(&bits, &value, sizeof(bits));
+  }
+  bits |= sign;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+// `count` contiguous elements, at any alignment, as float.
+void convert(const char* from, DType dtype, int64_t count, float* to) {
+  if (dtype == DType::float32) {
+    std::memcpy(to, from, sizeof(float) * static_cast<size_t>(count));
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    uint16_t bits;
+    std::memcpy(&bits, from + 2 * i, sizeof(bits));
+    if (dtype == DType::float16) {
+      to[i] = half_to_float(bits);
+    } else {
+      const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+      std::memcpy(to + i, &wide, sizeof(wide));
+    }
+  }
+}
+
+}  // namespace
+
+TensorView WeightLoader::take(const std::string& field, int64_t layer,
+                              std::initializer_list<int64_t> shape) {
+  const std::vector<std::string> names = stored_names(field, layer);
+  for (const std::string& name : names) {
+    const auto found = stored_.tensors.find(name);
+    if (found == stored_.tensors.end()) continue;
+    const TensorView& tensor = found->second;
+    const TensorView expected(nullptr, tensor.dtype, shape);
+    if (tensor.shape_string() != expected.shape_string())
+      fail("tensor " + name + " has shape " + tensor.shape_string() + ", expected " +
+           expected.shape_string());
+    if (tensor.dtype != DType::float32 && tensor.dtype != DType::bfloat16 &&
+        tensor.dtype != DType::float16)
+      fail("tensor " + name + " has dtype " + dtype_name(tensor.dtype) +
+           ", expected float32, bfloat16 or float16");
+    if (!tensor.is_contiguous()) fail("tensor " + name + " is not contiguous");
+    taken_.insert(name);
+    num_parameters_ += tensor.numel();
+    return tensor;
+  }
+  fail("tensor " + names.front() + " is missing");
+}
+
+TensorView WeightLoader::allocate(DType dtype, std::initializer_list<int64_t> shape) {
+  const TensorView view(nullptr, dtype, shape);
+  buffers_.emplace_back(allocator_, static_cast<size_t>(view.numel()) * dtype_size(dtype),
+                        "a model's weights");
+  return buffers_.back().view(dtype, shape);
+}
+
+TensorView WeightLoader::matrix(const std::string& field, int64_t layer, int64_t rows,
+                                int64_t cols) {
+  const TensorView stored = take(field, layer, {rows, cols});
+  if (reinterpret_cast<uintptr_t>(stored.data) % dtype_size(stored.dtype) == 0) return stored;
+  const TensorView aligned = allocate(stored.dtype, {rows, cols});
+  std::memcpy(aligned.data, stored.data,
+              static_cast<size_t>(stored.numel()) * dtype_size(stored.dtype));
+  return aligned;
+}
+
+TensorView WeightLoader::parameter(const std::string& field, int64_t layer,
+                                   std::initializer_list<int64_t> shape) {
+  const TensorView stored = take(field, layer, shape);
+  const TensorView converted = allocate(DType::float32, shape);
+  convert(stored.as<const char>(), stored.dtype, stored.numel(), converted.as<float>());
+  return converted;
+}
+
+void WeightLoader::ignore(const std::string& field) {
+  for (const std::string& name : stored_names(field, kNoLayer)) taken_.insert(name);
+}
+
+void WeightLoader::finish() const {
+  for (const auto& [name, tensor] : stored_.tensors)
+    if (!taken_.count(name))
+      fail("unexpected tensor " + name + " of shape " + tensor.shape_string());
+}
+
+}  // namespace ssmcore

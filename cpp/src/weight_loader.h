@@ -1,0 +1,50 @@
+// From stored tensors to a model's weights.
+#pragma once
+
+#include <initializer_list>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "ssmcore/buffer.h"
+#include "ssmcore/checkpoint.h"
+#include "ssmcore/weight.h"
+
+namespace ssmcore {
+
+// Takes tensors out of a checkpoint by the names of the model's fields, checks them, and converts
+// those that are not used as stored. Fields of a layer are named within it ("mixer.D").
+class WeightLoader {
+ public:
+  static constexpr int64_t kNoLayer = -1;
+
+  WeightLoader(const TensorMap& stored, Allocator& allocator, std::vector<Buffer>& buffers)
+      : stored_(stored), allocator_(allocator), buffers_(buffers) {}
+
+  // A matrix, as stored where that is aligned.
+  TensorView matrix(const std::string& field, int64_t layer, int64_t rows, int64_t cols);
+  // A small tensor, as contiguous float32.
+  TensorView parameter(const std::string& field, int64_t layer,
+                       std::initializer_list<int64_t> shape);
+  // Memory for something derived.
+  TensorView allocate(DType dtype, std::initializer_list<int64_t> shape);
+
+  // A field that the model does not use even if it is stored.
+  void ignore(const std::string& field);
+  // Throws for a stored tensor that nothing has taken.
+  void finish() const;
+
+  int64_t num_parameters() const { return num_parameters_; }
+
+ private:
+  // The stored tensor of a field, of this shape and a floating-point dtype.
+  TensorView take(const std::string& field, int64_t layer, std::initializer_list<int64_t> shape);
+
+  const TensorMap& stored_;
+  Allocator& allocator_;
+  std::vector<Buffer>& buffers_;
+  std::set<std::string> taken_;
+  int64_t num_parameters_ = 0;
+};
+
+}  // namespace ssmcore

@@ -1,0 +1,159 @@
+#include "borrow.h"
+
+#include <pybind11/numpy.h>
+
+#include <optional>
+
+#include "dlpack.h"
+#include "ssmcore/error.h"
+
+namespace py = pybind11;
+
+namespace ssmcore {
+namespace {
+
+[[noreturn]] void fail(const std::string& what, const std::string& problem) {
+  throw Error(ErrorCode::invalid_argument, what + " " + problem);
+}
+
+std::string type_name(py::handle object) {
+  return py::str(py::type::of(object).attr("__name__"));
+}
+
+void check_rank(const std::string& what, int64_t rank) {
+  if (rank < 1 || rank > kMaxRank)
+    fail(what,
+         "has " + std::to_string(rank) + " dimensions, expected 1 to " + std::to_string(kMaxRank));
+}
+
+std::optional<DType> numpy_dtype(const py::dtype& dtype) {
+  if (dtype.byteorder() == '>') return std::nullopt;
+  const char kind = dtype.kind();
+  const auto size = dtype.itemsize();
+  if (kind == 'f' && size == 4) return DType::float32;
+  if (kind == 'f' && size == 8) return DType::float64;
+  if (kind == 'f' && size == 2) return DType::float16;
+  if (kind == 'i' && size == 4) return DType::int32;
+  if (kind == 'i' && size == 8) return DType::int64;
+  if (kind == 'c' && size == 8) return DType::complex64;
+  if (size == 2 && py::str(dtype.attr("name")).equal(py::str("bfloat16"))) return DType::bfloat16;
+  return std::nullopt;
+}
+
+Borrowed borrow_numpy(const py::array& array, const std::string& what) {
+  const std::optional<DType> dtype = numpy_dtype(array.dtype());
+  if (!dtype) fail(what, "has dtype " + std::string(py::str(array.dtype())));
+  check_rank(what, array.ndim());
+  Borrowed borrowed;
+  borrowed.owner = array;
+  borrowed.read_only = !array.writeable();
+  borrowed.view.data = const_cast<void*>(array.data());
+  borrowed.view.dtype = *dtype;
+  borrowed.view.rank = static_cast<int>(array.ndim());
+  const py::ssize_t item = array.itemsize();
+  for (int i = 0; i < borrowed.view.rank; ++i) {
+    borrowed.view.shape[i] = array.shape(i);
+    if (array.strides(i) % item != 0) fail(what, "has strides that are not whole elements");
+    borrowed.view.strides[i] = array.strides(i) / item;
+  }
+  return borrowed;
+}
+
+std::optional<DType> dlpack_dtype(dlpack::DataType type) {
+  if (type.lanes != 1) return std::nullopt;
+  const auto is = [&](uint8_t code, uint8_t bits) {
+    return type.code == code && type.bits == bits;
+  };
+  if (is(dlpack::kFloat, 32)) return DType::float32;
+  if (is(dlpack::kFloat, 64)) return DType::float64;
+  if (is(dlpack::kFloat, 16)) return DType::float16;
+  if (is(dlpack::kBfloat, 16)) return DType::bfloat16;
+  if (is(dlpack::kInt, 32)) return DType::int32;
+  if (is(dlpack::kInt, 64)) return DType::int64;
+  if (is(dlpack::kComplex, 64)) return DType::complex64;
+  return std::nullopt;
+}
+
+void read_tensor(const dlpack::Tensor& tensor, const std::string& what, TensorView& view) {
+  const std::optional<DType> dtype = dlpack_dtype(tensor.dtype);
+  if (!dtype)
+    fail(what, "has a DLPack dtype (code " + std::to_string(tensor.dtype.code) + ", " +
+                   std::to_string(tensor.dtype.bits) + " bits) that ssmcore does not know");
+  check_rank(what, tensor.ndim);
+  const bool on_cpu = tensor.device.code == dlpack::kCpu || tensor.device.code == dlpack::kCudaHost;
+  const bool on_cuda =
+      tensor.device.code == dlpack::kCuda || tensor.device.code == dlpack::kCudaManaged;
+  if (!on_cpu && !on_cuda)
+    fail(what, "is on a device (DLPack code " + std::to_string(tensor.device.code) +
+                   ") that ssmcore does not know");
+  view.device = on_cpu ? Device{} : Device{DeviceType::cuda, tensor.device.index};
+  view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  view.dtype = *dtype;
+  view.rank = tensor.ndim;
+  int64_t contiguous = 1;
+  for (int i = tensor.ndim - 1; i >= 0; --i) {
+    view.shape[i] = tensor.shape[i];
+    view.strides[i] = tensor.strides ? tensor.strides[i] : contiguous;
+    contiguous *= tensor.shape[i];
+  }
+}
+
+py::object dlpack_capsule(py::handle array) {
+  const py::object method = array.attr("__dlpack__");
+  try {
+    return method(py::arg("max_version") = py::make_tuple(1, 0));
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_TypeError)) throw;
+    return method();  // a producer from before DLPack 1.0
+  }
+}
+
+// ssmcore records nothing for autograd. Where torch would, that must not go unnoticed; elsewhere a
+// parameter is a tensor like any other.
+py::object without_gradient(py::handle array, const std::string& what) {
+  if (!py::hasattr(array, "requires_grad") || !array.attr("requires_grad").cast<bool>())
+    return py::reinterpret_borrow<py::object>(array);
+  if (py::module_::import("torch").attr("is_grad_enabled")().cast<bool>())
+    fail(what,
+         "requires a gradient, which ssmcore.ops does not record: call it under "
+         "torch.no_grad(), or detach the tensor");
+  return array.attr("detach")();
+}
+
+// The capsule stays unconsumed and is the owner: dropping it lets the producer free its export.
+Borrowed borrow_dlpack(py::handle array, const std::string& what) {
+  Borrowed borrowed;
+  const py::object tensor = without_gradient(array, what);
+  try {
+    borrowed.owner = dlpack_capsule(tensor);
+  } catch (const py::error_already_set& error) {
+    fail(what, "cannot be read through DLPack: " + std::string(py::str(error.value())));
+  }
+  PyObject* capsule = borrowed.owner.ptr();
+  if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
+    const auto* managed = static_cast<const dlpack::ManagedTensorVersioned*>(
+        PyCapsule_GetPointer(capsule, "dltensor_versioned"));
+    if (managed->major != 1)
+      fail(what, "comes with DLPack version " + std::to_string(managed->major) + ", expected 1");
+    read_tensor(managed->tensor, what, borrowed.view);
+    borrowed.read_only = (managed->flags & dlpack::kReadOnly) != 0;
+  } else if (PyCapsule_IsValid(capsule, "dltensor")) {
+    const auto* managed =
+        static_cast<const dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+    read_tensor(managed->tensor, what, borrowed.view);
+  } else {
+    fail(what, "gave something that is no DLPack capsule");
+  }
+  return borrowed;
+}
+
+}  // namespace
+
+Borrowed borrow(py::handle array, const std::string& what) {
+  if (py::isinstance<py::array>(array))
+    return borrow_numpy(py::reinterpret_borrow<py::array>(array), what);
+  if (py::hasattr(array, "__dlpack__")) return borrow_dlpack(array, what);
+  fail(what, "is a " + type_name(array) + ", expected an array");
+}
+
+}  // namespace ssmcore

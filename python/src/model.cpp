@@ -1,0 +1,134 @@
+// Checkpoints and language models.
+#include <pybind11/stl.h>
+
+#include <memory>
+
+#include "call.h"
+#include "ssmcore/checkpoint.h"
+#include "ssmcore/language_model.h"
+
+namespace py = pybind11;
+
+namespace ssmcore {
+namespace {
+
+// Arrays a checkpoint's views point into; released under the GIL, wherever the last user ends.
+std::shared_ptr<const void> keep_alive(std::vector<Borrowed>&& arrays) {
+  return std::shared_ptr<const void>(new std::vector<Borrowed>(std::move(arrays)),
+                                     [](const void* kept) {
+                                       const py::gil_scoped_acquire acquire;
+                                       delete static_cast<const std::vector<Borrowed>*>(kept);
+                                     });
+}
+
+Checkpoint checkpoint_from_tensors(const ModelConfig& config, const py::dict& tensors) {
+  Checkpoint checkpoint{config, {}};
+  std::vector<Borrowed> arrays;
+  for (const auto& [name, array] : tensors) {
+    const std::string text = name.cast<std::string>();
+    arrays.push_back(borrow(array, "checkpoint: tensor " + text));
+    checkpoint.tensors.tensors[text] = arrays.back().view;
+  }
+  checkpoint.tensors.owner = keep_alive(std::move(arrays));
+  return checkpoint;
+}
+
+py::dict describe_tensors(const Checkpoint& checkpoint) {
+  py::dict description;
+  for (const auto& [name, tensor] : checkpoint.tensors.tensors) {
+    py::tuple shape(tensor.rank);
+    for (int i = 0; i < tensor.rank; ++i) shape[i] = tensor.shape[i];
+    description[py::str(name)] = py::make_tuple(dtype_name(tensor.dtype), shape);
+  }
+  return description;
+}
+
+DType parse_dtype(const std::string& name) {
+  for (DType dtype : {DType::float32, DType::bfloat16, DType::float16})
+    if (name == dtype_name(dtype)) return dtype;
+  throw Error(ErrorCode::invalid_argument,
+              "language_model: dtype is '" + name + "', expected float32, bfloat16 or float16");
+}
+
+std::unique_ptr<LanguageModel> make_model(const Checkpoint& checkpoint, const std::string& dtype) {
+  const LoadOptions options{parse_dtype(dtype)};
+  const py::gil_scoped_release release;
+  return std::make_unique<LanguageModel>(checkpoint, cpu_context(), options);
+}
+
+void forward(const LanguageModel& model, py::handle token_ids, py::handle logits, ModelState& state,
+             py::handle state_indices) {
+  const auto array = [](py::handle object, const char* name) {
+    return object.is_none() ? Borrowed() : borrow(object, std::string("language_model: ") + name);
+  };
+  const Borrowed ids = array(token_ids, "token_ids"), out = array(logits, "logits"),
+                 indices = array(state_indices, "state_indices");
+  if (out.read_only)
+    throw Error(ErrorCode::invalid_argument,
+                "language_model: logits is read-only, but would be written");
+  if (ids.view.rank != 2)
+    throw Error(ErrorCode::invalid_argument, "language_model: token_ids has shape " +
+                                                 ids.view.shape_string() +
+                                                 ", expected (batch, seqlen)");
+  const LanguageModelFwdArgs args{ids.view, &state, indices.view, out.view};
+  const Context& context = cpu_context();
+  const py::gil_scoped_release release;
+  // Sizes of 0 are left to forward() to refuse.
+  const bool empty = ids.view.numel() == 0;
+  const Buffer workspace(
+      context.allocator(),
+      empty ? 0 : model.workspace_size(ids.view.shape[0], ids.view.shape[1], context),
+      "a model's activations");
+  model.forward(args, Exec{context, nullptr, workspace.data(), workspace.bytes()});
+}
+
+const char* format_name(const ModelConfig& config) {
+  return config.format == CheckpointFormat::upstream ? "upstream" : "transformers";
+}
+
+}  // namespace
+
+void bind_model(py::module_& module) {
+  py::class_<ModelConfig>(module, "ModelConfig")
+      .def_property_readonly("format", &format_name)
+      .def_readonly("model_type", &ModelConfig::model_type)
+      .def_readonly("d_model", &ModelConfig::d_model)
+      .def_readonly("vocab_size", &ModelConfig::vocab_size)
+      .def_readonly("padded_vocab_size", &ModelConfig::padded_vocab_size)
+      .def_property_readonly("n_layer", [](const ModelConfig& c) { return c.layers.size(); })
+      .def_readonly("dim", &ModelConfig::dim)
+      .def_readonly("dstate", &ModelConfig::dstate)
+      .def_readonly("width", &ModelConfig::width)
+      .def_readonly("dt_rank", &ModelConfig::dt_rank)
+      .def_readonly("norm_eps", &ModelConfig::norm_eps)
+      .def_readonly("use_bias", &ModelConfig::use_bias)
+      .def_readonly("use_conv_bias", &ModelConfig::use_conv_bias)
+      .def_readonly("tie_embeddings", &ModelConfig::tie_embeddings)
+      .def_readonly("eos_token_ids", &ModelConfig::eos_token_ids);
+
+  module.def("parse_model_config", &parse_model_config, py::arg("json_text"));
+
+  py::class_<Checkpoint>(module, "Checkpoint")
+      .def_static("open", &open_checkpoint, py::arg("folder"),
+                  py::call_guard<py::gil_scoped_release>())
+      .def_static("from_tensors", &checkpoint_from_tensors, py::arg("config"), py::arg("tensors"))
+      .def_readonly("config", &Checkpoint::config)
+      .def("tensors", &describe_tensors);
+
+  py::class_<ModelState>(module, "ModelState")
+      .def_property_readonly("num_slots", &ModelState::num_slots)
+      .def_property_readonly("nbytes", &ModelState::nbytes)
+      .def("reset_slot", &ModelState::reset_slot, py::arg("slot"))
+      .def("copy_slot", &ModelState::copy_slot, py::arg("src"), py::arg("dst"));
+
+  py::class_<LanguageModel>(module, "LanguageModel")
+      .def(py::init(&make_model), py::arg("checkpoint"), py::arg("dtype") = "float32")
+      .def_property_readonly("config", &LanguageModel::config)
+      .def_property_readonly("dtype", [](const LanguageModel& m) { return dtype_name(m.dtype()); })
+      .def_property_readonly("num_parameters", &LanguageModel::num_parameters)
+      .def("new_state", &LanguageModel::new_state, py::arg("num_slots") = 1)
+      .def("forward", &forward, py::arg("token_ids"), py::arg("logits") = py::none(),
+           py::arg("state"), py::arg("state_indices") = py::none());
+}
+
+}  // namespace ssmcore

@@ -1,0 +1,54 @@
+// The native module, ssmcore._core.
+#include <pybind11/pybind11.h>
+
+#include "call.h"
+#include "ssmcore/context.h"
+#include "ssmcore/error.h"
+
+namespace py = pybind11;
+
+namespace ssmcore {
+
+Context& cpu_context() {
+  static Context context;
+  return context;
+}
+
+namespace {
+
+// The class of ssmcore.errors for each code.
+const char* error_class(ErrorCode code) {
+  switch (code) {
+    case ErrorCode::invalid_argument:
+    case ErrorCode::not_found:
+    case ErrorCode::invalid_checkpoint:
+      return "InvalidArgumentError";
+    default:
+      return "BackendError";
+  }
+}
+
+void translate_error(std::exception_ptr pointer) {
+  try {
+    if (pointer) std::rethrow_exception(pointer);
+  } catch (const Error& error) {
+    const py::object type = py::module_::import("ssmcore.errors").attr(error_class(error.code()));
+    PyErr_SetString(type.ptr(), error.what());
+  }
+}
+
+}  // namespace
+}  // namespace ssmcore
+
+PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
+  using namespace ssmcore;
+  py::register_local_exception_translator(translate_error);
+  module.attr("__version__") = SSMCORE_VERSION;
+  module.def("isa", [] { return isa_name(cpu_context().isa()); });
+  module.def("num_threads", [] { return cpu_context().num_threads(); });
+  module.def(
+      "set_num_threads", [](int n) { cpu_context().set_num_threads(n); }, py::arg("n"),
+      py::call_guard<py::gil_scoped_release>());
+  bind_ops(module);
+  bind_model(module);
+}

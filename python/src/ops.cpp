@@ -1,0 +1,177 @@
+// The operators, each taking the fields of its C++ arguments as keywords. ssmcore/ops.py gives them
+// their public form.
+#include "call.h"
+#include "ssmcore/causal_conv1d.h"
+#include "ssmcore/embedding.h"
+#include "ssmcore/linear.h"
+#include "ssmcore/mamba_block.h"
+#include "ssmcore/rms_norm.h"
+#include "ssmcore/sample.h"
+#include "ssmcore/selective_scan.h"
+#include "ssmcore/selective_state_update.h"
+
+namespace py = pybind11;
+
+namespace ssmcore {
+namespace {
+
+Activation parse_activation(const char* op, const py::kwargs& arguments) {
+  const py::handle name = arguments["activation"];
+  if (name.is_none()) return Activation::none;
+  if (py::isinstance<py::str>(name)) {
+    const std::string text = name.cast<std::string>();
+    if (text == "silu" || text == "swish") return Activation::silu;
+  }
+  throw Error(ErrorCode::invalid_argument, std::string(op) + ": activation is " +
+                                               std::string(py::repr(name)) +
+                                               ", expected None, 'silu' or 'swish'");
+}
+
+void py_selective_scan(const py::kwargs& arguments) {
+  Call call("selective_scan", arguments);
+  SelectiveScanFwdArgs args;
+  args.u = call.input("u");
+  args.delta = call.input("delta");
+  args.A = call.input("A");
+  args.B = call.input("B");
+  args.C = call.input("C");
+  args.D = call.input("D");
+  args.z = call.input("z");
+  args.delta_bias = call.input("delta_bias");
+  args.delta_softplus = call.value<bool>("delta_softplus");
+  args.initial_state = call.input("initial_state");
+  args.last_state = call.output("last_state");
+  args.out = call.output("out");
+  call.run(selective_scan_fwd_workspace_size, selective_scan_fwd, args);
+}
+
+void py_selective_state_update(const py::kwargs& arguments) {
+  Call call("selective_state_update", arguments);
+  SelectiveStateUpdateArgs args;
+  args.state = call.output("state");
+  args.x = call.input("x");
+  args.dt = call.input("dt");
+  args.A = call.input("A");
+  args.B = call.input("B");
+  args.C = call.input("C");
+  args.D = call.input("D");
+  args.z = call.input("z");
+  args.dt_bias = call.input("dt_bias");
+  args.dt_softplus = call.value<bool>("dt_softplus");
+  args.state_indices = call.input("state_indices");
+  args.out = call.output("out");
+  call.run(selective_state_update_workspace_size, selective_state_update, args);
+}
+
+void py_causal_conv1d(const py::kwargs& arguments) {
+  Call call("causal_conv1d", arguments);
+  CausalConv1dFwdArgs args;
+  args.x = call.input("x");
+  args.weight = call.input("weight");
+  args.bias = call.input("bias");
+  args.activation = parse_activation("causal_conv1d", arguments);
+  args.initial_state = call.input("initial_state");
+  args.final_state = call.output("final_state");
+  args.out = call.output("out");
+  call.run(causal_conv1d_fwd_workspace_size, causal_conv1d_fwd, args);
+}
+
+void py_causal_conv1d_update(const py::kwargs& arguments) {
+  Call call("causal_conv1d_update", arguments);
+  CausalConv1dUpdateArgs args;
+  args.x = call.input("x");
+  args.conv_state = call.output("conv_state");
+  args.weight = call.input("weight");
+  args.bias = call.input("bias");
+  args.activation = parse_activation("causal_conv1d_update", arguments);
+  args.state_indices = call.input("state_indices");
+  args.out = call.output("out");
+  call.run(causal_conv1d_update_workspace_size, causal_conv1d_update, args);
+}
+
+void py_rms_norm(const py::kwargs& arguments) {
+  Call call("rms_norm", arguments);
+  RmsNormFwdArgs args;
+  args.x = call.input("x");
+  args.weight = call.input("weight");
+  args.residual = call.input("residual");
+  args.residual_out = call.output("residual_out");
+  args.out = call.output("out");
+  args.eps = call.value<float>("eps");
+  call.run(rms_norm_fwd_workspace_size, rms_norm_fwd, args);
+}
+
+void py_linear(const py::kwargs& arguments) {
+  Call call("linear", arguments);
+  LinearArgs args;
+  args.x = call.input("x");
+  args.weight = call.input("weight");
+  args.bias = call.input("bias");
+  args.out = call.output("out");
+  call.run(linear_workspace_size, linear, args);
+}
+
+void py_embedding(const py::kwargs& arguments) {
+  Call call("embedding", arguments);
+  EmbeddingArgs args;
+  args.token_ids = call.input("token_ids");
+  args.weight = call.input("weight");
+  args.out = call.output("out");
+  call.run<EmbeddingArgs>(nullptr, embedding, args);
+}
+
+void py_sample(const py::kwargs& arguments) {
+  Call call("sample", arguments);
+  SampleArgs args;
+  args.logits = call.input("logits");
+  args.history = call.input("history");
+  args.repetition_penalty = call.input("repetition_penalty");
+  args.temperature = call.input("temperature");
+  args.top_k = call.input("top_k");
+  args.top_p = call.input("top_p");
+  args.min_p = call.input("min_p");
+  args.seed = call.input("seed");
+  args.position = call.input("position");
+  args.out = call.output("out");
+  call.run(sample_workspace_size, sample, args);
+}
+
+void py_mamba_block(const py::kwargs& arguments) {
+  Call call("mamba_block", arguments);
+  MambaBlockWeights weights;
+  weights.in_proj = call.input("in_proj");
+  weights.in_proj_bias = call.input("in_proj_bias");
+  weights.conv_weight = call.input("conv_weight");
+  weights.conv_bias = call.input("conv_bias");
+  weights.x_proj = call.input("x_proj");
+  weights.dt_proj = call.input("dt_proj");
+  weights.dt_bias = call.input("dt_bias");
+  weights.A = call.input("A");
+  weights.D = call.input("D");
+  weights.out_proj = call.input("out_proj");
+  weights.out_proj_bias = call.input("out_proj_bias");
+  MambaBlockFwdArgs args;
+  args.weights = &weights;
+  args.x = call.input("x");
+  args.conv_state = call.output("conv_state");
+  args.ssm_state = call.output("ssm_state");
+  args.state_indices = call.input("state_indices");
+  args.out = call.output("out");
+  call.run(mamba_block_fwd_workspace_size, mamba_block_fwd, args);
+}
+
+}  // namespace
+
+void bind_ops(py::module_& module) {
+  module.def("selective_scan", &py_selective_scan);
+  module.def("selective_state_update", &py_selective_state_update);
+  module.def("causal_conv1d", &py_causal_conv1d);
+  module.def("causal_conv1d_update", &py_causal_conv1d_update);
+  module.def("rms_norm", &py_rms_norm);
+  module.def("linear", &py_linear);
+  module.def("embedding", &py_embedding);
+  module.def("sample", &py_sample);
+  module.def("mamba_block", &py_mamba_block);
+}
+
+}  // namespace ssmcore

@@ -1,0 +1,29 @@
+"""Selective state space models (Mamba) without a deep-learning framework.
+
+    import ssmcore
+    model = ssmcore.load()
+    print(model.generate("It is a truth universally acknowledged, that"))
+
+`load` opens a model, `Model` generates, scores and gives logits, and `ops` holds the operators.
+Every failure is an `Error`.
+"""
+
+from ssmcore import ops
+from ssmcore._core import __version__, num_threads, set_num_threads
+from ssmcore.errors import BackendError, Error, InvalidArgumentError
+from ssmcore.loading import load
+from ssmcore.model import Model
+from ssmcore.scoring import Score
+
+__all__ = [
+    "BackendError",
+    "Error",
+    "InvalidArgumentError",
+    "Model",
+    "Score",
+    "__version__",
+    "load",
+    "num_threads",
+    "ops",
+    "set_num_threads",
+]

@@ -1,0 +1,173 @@
+"""Generation: from a prompt to its continuation, token by token, for one row or many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ssmcore import ops
+from ssmcore.continuation import IdContinuation, TextContinuation
+from ssmcore.errors import InvalidArgumentError
+from ssmcore.tokenizer import Tokenizer, as_token_ids
+
+if TYPE_CHECKING:
+    from ssmcore import _core
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """How to choose tokens, and when to stop. `Model.generate` says what each means."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop: str | Sequence[str] | None = None
+    ignore_eos: bool = False
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+class Generation:
+    """One run from prompts to their continuations. Iterating it, once, generates.
+
+    Every item is one chosen token: the row it belongs to, and the piece of that row's continuation
+    which can be passed on since, a str or a list of ids, possibly empty. A row's pieces join to
+    its continuation.
+
+    `op` names the caller in errors. Raises InvalidArgumentError at once for a prompt that is no
+    text or token ids or has no tokens, for text without a tokenizer, and for bad settings.
+    """
+
+    def __init__(
+        self,
+        language_model: _core.LanguageModel,
+        tokenizer: Tokenizer | None,
+        prompt: Any,
+        settings: GenerationSettings,
+        op: str,
+    ):
+        self._language_model = language_model
+        self._settings = settings
+        _check_settings(settings, op)
+
+        self.is_batch = _is_batch(prompt, op)
+        self.is_text = isinstance(prompt, str) or (self.is_batch and _are_strings(prompt))
+        rows = list(prompt) if self.is_batch else [prompt]
+        stop = settings.stop_strings
+        if tokenizer is None and (self.is_text or stop):
+            what = "a prompt that is text" if self.is_text else "stop"
+            raise InvalidArgumentError(f"{op}: {what} needs a tokenizer, and this model has none")
+        if self.is_text:
+            rows = [tokenizer.encode(row) for row in rows]
+            self._continuations = [TextContinuation(tokenizer, stop) for _ in rows]
+        else:
+            self._continuations = [IdContinuation(tokenizer, stop) for _ in rows]
+        self.prompts = [as_token_ids(row, op, "prompt", ranks=(1,)) for row in rows]
+
+    def collect(self) -> Any:
+        """Runs to the end and returns the continuations, in the prompt's kind."""
+        pieces: list[list[Any]] = [[] for _ in self.prompts]
+        for row, piece in self:
+            pieces[row].extend(piece)
+        texts = ["".join(row) for row in pieces] if self.is_text else pieces
+        return texts if self.is_batch else texts[0]
+
+    def __iter__(self) -> Iterator[tuple[int, str | list[int]]]:
+        model, settings = self._language_model, self._settings
+        state = model.new_state(len(self.prompts))
+        logits = np.empty((len(self.prompts), model.config.vocab_size), np.float32)
+        for slot, prompt in enumerate(self.prompts):
+            index = np.array([slot], np.int32)
+            model.forward(prompt[np.newaxis], logits[slot : slot + 1], state, index)
+
+        eos_token_ids = set() if settings.ignore_eos else set(model.config.eos_token_ids)
+        history = _padded(self.prompts) if settings.repetition_penalty != 1 else None
+        # A row is also the slot of its state; rows that have ended leave the batch.
+        rows = np.arange(len(self.prompts), dtype=np.int32)
+        token_ids = np.empty(0, np.int64)
+        for position in range(settings.max_new_tokens):
+            if position > 0:
+                logits = logits[: len(rows)]
+                model.forward(token_ids[:, np.newaxis], logits, state, rows)
+            token_ids = ops.sample(
+                logits,
+                temperature=settings.temperature,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+                min_p=settings.min_p,
+                repetition_penalty=settings.repetition_penalty,
+                history=history,
+                seed=settings.seed + rows.astype(np.int64),
+                position=position,
+            )
+            is_last = position + 1 == settings.max_new_tokens
+            goes_on = np.ones(len(rows), bool)
+            for i, (row, token_id) in enumerate(zip(rows, token_ids.tolist(), strict=True)):
+                continuation = self._continuations[row]
+                is_eos = token_id in eos_token_ids
+                piece = continuation.close() if is_eos else continuation.push(token_id)
+                if is_last and not is_eos:
+                    piece += continuation.close()
+                goes_on[i] = not (is_eos or continuation.stopped)
+                yield int(row), piece
+            rows, token_ids = rows[goes_on], token_ids[goes_on]
+            if not rows.size:
+                return
+            if history is not None:
+                history = np.column_stack([history[goes_on], token_ids])
+
+
+def _check_settings(settings: GenerationSettings, op: str) -> None:
+    """Checks what the operators do not see."""
+    limit = settings.max_new_tokens
+    if not isinstance(limit, Integral) or limit < 0:
+        raise InvalidArgumentError(
+            f"{op}: max_new_tokens should be an integer of at least 0, got {limit!r}"
+        )
+    seed = settings.seed
+    if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
+        raise InvalidArgumentError(f"{op}: seed should be an integer of 64 bits, got {seed!r}")
+    stop = settings.stop
+    is_known = stop is None or isinstance(stop, str) or _are_strings(stop)
+    if not is_known or "" in settings.stop_strings:
+        raise InvalidArgumentError(
+            f"{op}: stop should be a str or a list of str, none of them empty, got {stop!r}"
+        )
+
+
+def _are_strings(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+
+
+def _is_batch(prompt: Any, op: str) -> bool:
+    """Whether `prompt` is many prompts: a list of str, or token ids of rank 2."""
+    if isinstance(prompt, str):
+        return False
+    try:
+        return len(prompt) > 0 and (isinstance(prompt[0], str) or np.ndim(prompt[0]) > 0)
+    except (TypeError, KeyError):
+        raise InvalidArgumentError(
+            f"{op}: prompt should be a str, token ids, or a list of either, "
+            f"got {type(prompt).__name__}"
+        ) from None
+
+
+def _padded(prompts: Sequence[np.ndarray]) -> np.ndarray:
+    """(rows, longest prompt) int64, with -1 before the shorter ones."""
+    longest = max(len(prompt) for prompt in prompts)
+    padded = np.full((len(prompts), longest), -1, np.int64)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[longest - len(prompt) :] = prompt
+    return padded

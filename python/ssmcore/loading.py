@@ -1,0 +1,142 @@
+"""Finding a model, by path or on the Hugging Face hub, and loading it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+from ssmcore import _core
+from ssmcore.errors import BackendError, InvalidArgumentError
+from ssmcore.model import Model
+from ssmcore.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
+
+_BUNDLED = Path(__file__).parent / "assets" / "mamba1-prose"
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+_HUB_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "*.safetensors",
+    "model.safetensors.index.json",
+)
+_TORCH_FILE = "pytorch_model.bin"
+_DTYPES = {
+    "auto": "float32",
+    "float32": "float32",
+    "fp32": "float32",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+}
+
+
+def load(
+    path_or_hub_id: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Model:
+    """Loads a language model.
+
+    Args:
+        path_or_hub_id: a folder with config.json and either model.safetensors (or its shards and
+            index) as transformers writes them, or pytorch_model.bin as mamba-ssm does; or the
+            name of a model on the Hugging Face hub, which needs huggingface_hub. None: the small
+            model that comes with ssmcore.
+        device: "auto" or "cpu".
+        dtype: of the activations: "float32", "bfloat16" or "float16" (or "fp32", "bf16",
+            "fp16"); weights stay as stored. "auto": float32.
+
+    The tokenizer is the folder's tokenizer.json; without one, a model of 256 tokens gets one
+    token for each byte and others none.
+
+    Raises:
+        InvalidArgumentError: for a path or hub id that is not there, a folder that holds no model
+            ssmcore knows or a damaged one, and an unknown device or dtype.
+        BackendError: for a device that this build does not have.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise InvalidArgumentError(f'load: device should be "auto" or "cpu", got {device!r}')
+    if device == "cuda":
+        raise BackendError('load: device is "cuda", but this build of ssmcore has no CUDA backend')
+    if dtype not in _DTYPES:
+        known = ", ".join(f'"{name}"' for name in _DTYPES)
+        raise InvalidArgumentError(f"load: dtype should be one of {known}, got {dtype!r}")
+
+    folder = _BUNDLED if path_or_hub_id is None else _find(path_or_hub_id)
+    if (folder / _TORCH_FILE).exists() and not _has_safetensors(folder):
+        checkpoint = _open_torch_checkpoint(folder)
+    else:
+        checkpoint = _core.Checkpoint.open(str(folder))
+    tokenizer = _open_tokenizer(folder, checkpoint.config.vocab_size)
+    return Model(_core.LanguageModel(checkpoint, _DTYPES[dtype]), tokenizer)
+
+
+def _find(path_or_hub_id: str | os.PathLike[str]) -> Path:
+    """The folder meant, downloaded from the hub if need be."""
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InvalidArgumentError(f"load: {path} is a file, expected a folder with config.json")
+    if isinstance(path_or_hub_id, str) and _HUB_ID.fullmatch(path_or_hub_id):
+        return _download(path_or_hub_id)
+    raise InvalidArgumentError(f"load: there is no folder {path}")
+
+
+def _download(repo_id: str) -> Path:
+    """The folder of a model on the hub, as huggingface_hub caches it."""
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import RepositoryNotFoundError
+    except ImportError:
+        raise InvalidArgumentError(
+            f"load: there is no folder {repo_id}; to look for it on the Hugging Face hub, "
+            "install huggingface_hub (pip install ssmcore[hub])"
+        ) from None
+    try:
+        folder = Path(snapshot_download(repo_id, allow_patterns=list(_HUB_FILES)))
+        if not _has_safetensors(folder):
+            snapshot_download(repo_id, allow_patterns=[_TORCH_FILE])
+    except RepositoryNotFoundError as error:
+        raise InvalidArgumentError(
+            f"load: there is no folder {repo_id}, nor a public model of that name "
+            "on the Hugging Face hub"
+        ) from error
+    except Exception as error:  # offline, no cache, a server's error: many types, several libraries
+        reason = str(error).partition("\n")[0]
+        raise InvalidArgumentError(
+            f"load: there is no folder {repo_id}, and it could not be had from the "
+            f"Hugging Face hub: {reason}"
+        ) from error
+    return folder
+
+
+def _has_safetensors(folder: Path) -> bool:
+    names = ("model.safetensors", "model.safetensors.index.json")
+    return any((folder / name).exists() for name in names)
+
+
+def _open_torch_checkpoint(folder: Path) -> _core.Checkpoint:
+    from ssmcore.torch_pickle import load_tensors
+
+    config_path = folder / "config.json"
+    try:
+        text = config_path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgumentError(f"load: cannot read {config_path}: {error}") from error
+    config = _core.parse_model_config(text)
+    tensors = load_tensors(folder / _TORCH_FILE)
+    # The model takes plain arrays: copy the few, if any, that are stored transposed or unaligned.
+    plain = {name: np.require(tensor, requirements="CA") for name, tensor in tensors.items()}
+    return _core.Checkpoint.from_tensors(config, plain)
+
+
+def _open_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
+    path = folder / "tokenizer.json"
+    if path.exists():
+        return FileTokenizer(path)
+    return ByteTokenizer() if vocab_size == 256 else None

@@ -1,0 +1,231 @@
+"""A language model as Python sees it: text or token ids in, text, ids, logits or a score out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from ssmcore._arrays import library_of
+from ssmcore.errors import InvalidArgumentError
+from ssmcore.generate import Generation, GenerationSettings
+from ssmcore.scoring import Score, sum_nats, windows_of
+from ssmcore.tokenizer import Tokenizer, as_token_ids
+
+if TYPE_CHECKING:
+    from ssmcore import _core
+
+
+class Model:
+    """A loaded language model; `ssmcore.load` makes it.
+
+    It is never changed by use, so threads may share it, each with its own state.
+    """
+
+    def __init__(self, language_model: _core.LanguageModel, tokenizer: Tokenizer | None):
+        self._language_model = language_model
+        self._tokenizer = tokenizer
+
+    def __repr__(self) -> str:
+        config = self.config
+        return (
+            f"<ssmcore.Model {config.model_type}, {config.n_layer} layers, "
+            f"{self.num_parameters:,} parameters, {self.dtype}>"
+        )
+
+    @property
+    def config(self) -> _core.ModelConfig:
+        """The sizes and options of the model, read-only."""
+        return self._language_model.config
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Text to ids and back (`encode`, `decode`); None if the model came without one."""
+        return self._tokenizer
+
+    @property
+    def dtype(self) -> str:
+        """The type of activations: "float32", "bfloat16" or "float16"."""
+        return self._language_model.dtype
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the model has learnt, tied weights counted once."""
+        return self._language_model.num_parameters
+
+    def new_state(self, batch: int = 1) -> _core.ModelState:
+        """The memory of `batch` sequences at their start, for `forward` and `step`."""
+        return self._language_model.new_state(batch)
+
+    def forward(
+        self,
+        token_ids: Any,
+        state: _core.ModelState | None = None,
+        logits: Literal["all", "last", "none"] = "all",
+    ) -> tuple[Any, _core.ModelState]:
+        """Runs the model over `token_ids`, from `state` on.
+
+        Args:
+            token_ids: (B, T) or (T,) integers below `config.vocab_size`, T ≥ 1: a list, a NumPy
+                array or a torch tensor.
+            state: the memory of B sequences, updated in place; None: of new ones.
+            logits: which to return.
+
+        Returns:
+            The logits and the state. Logits are float32 of the library of `token_ids`: (B, T, V)
+            or (T, V) for "all", (B, V) or (V,) for "last", None for "none".
+
+        Raises:
+            InvalidArgumentError: for another rank or dtype, no tokens, an id out of range, or a
+                state of fewer than B sequences. The state is then as it was.
+        """
+        if logits not in ("all", "last", "none"):
+            raise InvalidArgumentError(
+                f'forward: logits should be "all", "last" or "none", got {logits!r}'
+            )
+        ids = as_token_ids(token_ids, "forward", "token_ids", ranks=(1, 2))
+        batch = ids.reshape(-1, ids.shape[-1])
+        if state is None:
+            state = self.new_state(len(batch))
+        if logits == "none":
+            self._language_model.forward(batch, None, state)
+            return None, state
+        shape = batch.shape if logits == "all" else batch.shape[:1]
+        out = library_of(token_ids).empty((*shape, self.config.vocab_size), "float32")
+        self._language_model.forward(batch, out, state)
+        return (out if ids.ndim == 2 else out[0]), state
+
+    def step(self, token_ids: Any, state: _core.ModelState) -> Any:
+        """Feeds one token to each of B sequences and returns the logits of the next, (B, V).
+
+        `token_ids` is (B,) or (B, 1) integers, `state` the memory of the sequences, updated in
+        place. Logits and errors are those of `forward`.
+        """
+        ids = as_token_ids(token_ids, "step", "token_ids", ranks=(1, 2))
+        if ids.ndim == 2 and ids.shape[1] != 1:
+            raise InvalidArgumentError(f"step: token_ids should be (B,) or (B, 1), got {ids.shape}")
+        out = library_of(token_ids).empty((len(ids), self.config.vocab_size), "float32")
+        self._language_model.forward(ids.reshape(-1, 1), out, state)
+        return out
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
+        max_new_tokens: int = 128,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] | None = None,
+        ignore_eos: bool = False,
+    ) -> Any:
+        """Continues one prompt or several and returns the continuation alone.
+
+        Args:
+            prompt: text, token ids, or a list of either, of any lengths.
+            max_new_tokens: how many tokens to generate at most.
+            temperature: 0 always takes the likeliest token; more makes choices more random.
+            top_k: choose among the k likeliest tokens; 0: among all.
+            top_p: choose among the likeliest tokens that together reach this probability.
+            min_p: choose among tokens at least this probable, relative to the likeliest.
+            repetition_penalty: above 1, makes tokens that have occurred less likely.
+            seed: of the random choices. Row b draws with `seed + b`, whatever the other rows are.
+            stop: strings that end the text when they come; they are not returned. Ids are then
+                those whose text ends before the stop string.
+            ignore_eos: go on after an end-of-sequence token, and return it.
+
+        Returns:
+            A str for a str, a list of str for a list of str, a list of ids for ids and a list of
+            such lists for several.
+
+        Raises:
+            InvalidArgumentError: for a prompt of no tokens, an id or a setting out of range, or
+                text (or `stop`) where the model has no tokenizer.
+        """
+        settings = GenerationSettings(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+            ignore_eos=ignore_eos,
+        )
+        return self.start_generation(prompt, settings, "generate").collect()
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int = 128,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] | None = None,
+        ignore_eos: bool = False,
+    ) -> Iterator[Any]:
+        """Continues one prompt as `generate` does, yielding the continuation as it comes.
+
+        Text comes in pieces that are never empty and never hold half a character nor what may be
+        the beginning of a stop string; ids come one by one. Arguments and errors are those of
+        `generate`; a list of prompts is refused.
+        """
+        settings = GenerationSettings(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+            ignore_eos=ignore_eos,
+        )
+        generation = self.start_generation(prompt, settings, "stream")
+        if generation.is_batch:
+            raise InvalidArgumentError("stream: expected one prompt, got a list of prompts")
+        pieces = (piece for _, piece in generation)
+        if generation.is_text:
+            return (piece for piece in pieces if piece)
+        return (token_id for piece in pieces for token_id in piece)
+
+    def start_generation(
+        self, prompt: Any, settings: GenerationSettings, op: str = "generate"
+    ) -> Generation:
+        """The run behind `generate` and `stream`, for those who count its tokens."""
+        return Generation(self._language_model, self._tokenizer, prompt, settings, op)
+
+    def score(
+        self,
+        text: str,
+        window: int | None = None,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> Score:
+        """How well the model predicts `text`: bits per byte, perplexity.
+
+        Without a window the text is one sequence, from an empty state; all its tokens but the
+        first are scored. With one, it is cut into consecutive windows of `window` tokens, each
+        from an empty state, and each of a window's next tokens is scored (its last is the first
+        of the next window); an incomplete last window is left out. No special tokens are added.
+
+        `progress(done, total)`, if given, is called with numbers of tokens as they are scored.
+
+        Raises InvalidArgumentError for a text too short to score, or without a tokenizer.
+        """
+        if self._tokenizer is None:
+            raise InvalidArgumentError("score: text needs a tokenizer, and this model has none")
+        token_ids = np.asarray(self._tokenizer.encode(text, add_special_tokens=False), np.int64)
+        inputs, targets = windows_of(token_ids, window)
+        nats = sum_nats(self._language_model, inputs, targets, progress)
+        read = token_ids[: targets.size + 1].tolist()
+        num_bytes = self._tokenizer.num_bytes(read) - self._tokenizer.num_bytes(read[:1])
+        return Score(tokens=targets.size, bytes=num_bytes, nats=nats)

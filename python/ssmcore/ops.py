@@ -1,0 +1,432 @@
+"""The operators of selective state space models, on NumPy arrays and torch tensors.
+
+Outputs are arrays of the library that the first argument belongs to; inputs are never copied and
+may have any non-negative strides. Shapes use the field's names: B batch, L sequence length, D
+channels, N state size, G groups, W convolution width. Activations are float32, bfloat16 (NumPy:
+ml_dtypes) or float16, one type in a call; A, D, biases of delta, and the scan's states are float32.
+
+Every function raises `ssmcore.InvalidArgumentError`, naming the argument, what was expected and what
+came, for a shape, dtype, device or value that does not fit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from . import _core
+from ._arrays import dtype_name, library_of
+from .errors import InvalidArgumentError
+
+Array = Any
+
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "embedding",
+    "linear",
+    "mamba_block",
+    "rms_norm",
+    "sample",
+    "selective_scan",
+    "selective_state_update",
+]
+
+
+def _require_array(array: Any, what: str) -> None:
+    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        raise InvalidArgumentError(f"{what} is a {type(array).__name__}, expected an array")
+
+
+def _require_rank(array: Any, what: str, rank: int, dims: str) -> None:
+    _require_array(array, what)
+    if len(array.shape) != rank:
+        raise InvalidArgumentError(f"{what} has shape {tuple(array.shape)}, expected {dims}")
+
+
+def _rows(array: Array) -> Array:
+    """(..., n) as (rows, n)."""
+    return array if len(array.shape) == 2 else array.reshape(-1, array.shape[-1])
+
+
+def selective_scan(
+    u: Array,
+    delta: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None = None,
+    z: Array | None = None,
+    delta_bias: Array | None = None,
+    delta_softplus: bool = False,
+    *,
+    initial_state: Array | None = None,
+    return_last_state: bool = True,
+) -> Any:
+    """The selective scan (Gu & Dao, arXiv 2312.00752, algorithm 2).
+
+    With Δ = softplus?(delta + delta_bias): h(t) = exp(Δ A) h(t-1) + Δ B(t) u(t),
+    y(t) = C(t) h(t) + D u(t), out = y SiLU(z).
+
+    Args:
+        u, delta: (B, D, L).
+        A: (D, N), float32.
+        B, C: (D, N) float32, constant in time; (B, N, L); or (B, G, N, L), G dividing D.
+        D: (D,), float32.
+        z: (B, D, L).
+        delta_bias: (D,), float32.
+        delta_softplus: apply softplus to delta + delta_bias.
+        initial_state: (B, D, N), float32; default zeros.
+        return_last_state: also return the state after the last step.
+
+    Returns:
+        (out, last_state): (B, D, L) like u, and (B, D, N) float32; `out` alone if
+        `return_last_state` is False.
+    """
+    _require_rank(u, "selective_scan: u", 3, "(batch, dim, seqlen)")
+    _require_rank(A, "selective_scan: A", 2, "(dim, dstate)")
+    library = library_of(u)
+    out = library.empty(u.shape, dtype_name(u))
+    last_state = None
+    if return_last_state:
+        last_state = library.empty((u.shape[0], u.shape[1], A.shape[1]), "float32")
+    _core.selective_scan(
+        u=u,
+        delta=delta,
+        A=A,
+        B=B,
+        C=C,
+        D=D,
+        z=z,
+        delta_bias=delta_bias,
+        delta_softplus=delta_softplus,
+        initial_state=initial_state,
+        last_state=last_state,
+        out=out,
+    )
+    return (out, last_state) if return_last_state else out
+
+
+def selective_state_update(
+    state: Array,
+    x: Array,
+    dt: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None = None,
+    z: Array | None = None,
+    dt_bias: Array | None = None,
+    dt_softplus: bool = False,
+    *,
+    state_indices: Array | None = None,
+) -> Array:
+    """One step of the selective scan, updating `state` in place.
+
+    Args:
+        state: (B, D, N), float32, written; (slots, D, N) with `state_indices`.
+        x, dt: (B, D).
+        A: (D, N), float32.
+        B, C: (B, N) or (B, G, N).
+        D: (D,), float32.
+        z: (B, D).
+        dt_bias: (D,), float32.
+        dt_softplus: apply softplus to dt + dt_bias.
+        state_indices: (B,), int32: the slot of each row; a negative one starts from zeros and
+            leaves no state. Slots must differ.
+
+    Returns:
+        (B, D), like x.
+    """
+    _require_array(x, "selective_state_update: x")
+    out = library_of(x).empty(x.shape, dtype_name(x))
+    _core.selective_state_update(
+        state=state,
+        x=x,
+        dt=dt,
+        A=A,
+        B=B,
+        C=C,
+        D=D,
+        z=z,
+        dt_bias=dt_bias,
+        dt_softplus=dt_softplus,
+        state_indices=state_indices,
+        out=out,
+    )
+    return out
+
+
+def causal_conv1d(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    activation: str | None = None,
+    *,
+    initial_state: Array | None = None,
+    return_final_state: bool = False,
+) -> Any:
+    """The causal depthwise convolution: out(t) = act(bias + Σ_w weight[w] x(t - W + 1 + w)).
+
+    Args:
+        x: (B, D, L).
+        weight: (D, W), W from 2 to 8, x's dtype or float32.
+        bias: (D,), x's dtype or float32.
+        activation: None, "silu" or "swish" (the same).
+        initial_state: (B, D, W - 1), x's dtype, oldest first: the inputs before x; default zeros.
+        return_final_state: also return the last W - 1 inputs, as `initial_state` takes them.
+
+    Returns:
+        out, (B, D, L) like x; or (out, final_state).
+    """
+    _require_rank(x, "causal_conv1d: x", 3, "(batch, dim, seqlen)")
+    _require_rank(weight, "causal_conv1d: weight", 2, "(dim, width)")
+    library = library_of(x)
+    out = library.empty(x.shape, dtype_name(x))
+    final_state = None
+    if return_final_state:
+        state_len = weight.shape[1] - 1 if initial_state is None else initial_state.shape[-1]
+        final_state = library.empty((x.shape[0], x.shape[1], state_len), dtype_name(x))
+    _core.causal_conv1d(
+        x=x,
+        weight=weight,
+        bias=bias,
+        activation=activation,
+        initial_state=initial_state,
+        final_state=final_state,
+        out=out,
+    )
+    return (out, final_state) if return_final_state else out
+
+
+def causal_conv1d_update(
+    x: Array,
+    conv_state: Array,
+    weight: Array,
+    bias: Array | None = None,
+    activation: str | None = None,
+    *,
+    state_indices: Array | None = None,
+) -> Array:
+    """The convolution for the next tokens of running sequences, updating `conv_state` in place.
+
+    Args:
+        x: (B, D) for one token, (B, D, T) for T.
+        conv_state: (B, D, S), S ≥ W - 1, x's dtype, oldest first: shifted by the new tokens;
+            (slots, D, S) with `state_indices`.
+        weight: (D, W), x's dtype or float32.
+        bias: (D,), x's dtype or float32.
+        activation: None, "silu" or "swish".
+        state_indices: (B,), int32, as in `selective_state_update`.
+
+    Returns:
+        x's shape and dtype.
+    """
+    _require_array(x, "causal_conv1d_update: x")
+    out = library_of(x).empty(x.shape, dtype_name(x))
+    _core.causal_conv1d_update(
+        x=x,
+        conv_state=conv_state,
+        weight=weight,
+        bias=bias,
+        activation=activation,
+        state_indices=state_indices,
+        out=out,
+    )
+    return out
+
+
+def rms_norm(x: Array, weight: Array, *, residual: Array | None = None, eps: float = 1e-5) -> Any:
+    """weight · r / sqrt(mean(r²) + eps) over the last axis, r = x + residual.
+
+    Args:
+        x: (..., D).
+        weight: (D,), any activation type.
+        residual: x's shape, any activation type.
+        eps: added to the mean square.
+
+    Returns:
+        out, like x; with a residual (out, r), r in the residual's dtype.
+    """
+    _require_array(x, "rms_norm: x")
+    library = library_of(x)
+    out = library.empty(x.shape, dtype_name(x))
+    residual_out = None
+    if residual is not None:
+        _require_array(residual, "rms_norm: residual")
+        if tuple(residual.shape) != tuple(x.shape):
+            raise InvalidArgumentError(
+                f"rms_norm: residual has shape {tuple(residual.shape)}, "
+                f"expected x's {tuple(x.shape)}"
+            )
+        residual_out = library.empty(x.shape, dtype_name(residual))
+    _core.rms_norm(
+        x=_rows(x),
+        weight=weight,
+        residual=None if residual is None else _rows(residual),
+        residual_out=None if residual_out is None else _rows(residual_out),
+        out=_rows(out),
+        eps=eps,
+    )
+    return out if residual is None else (out, residual_out)
+
+
+def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """x weightᵀ + bias, accumulated in float32.
+
+    Args:
+        x: (..., in_features).
+        weight: (out_features, in_features), any activation type, rows contiguous.
+        bias: (out_features,), any activation type.
+
+    Returns:
+        (..., out_features), x's dtype.
+    """
+    _require_array(x, "linear: x")
+    _require_rank(weight, "linear: weight", 2, "(out_features, in_features)")
+    out = library_of(x).empty((*x.shape[:-1], weight.shape[0]), dtype_name(x))
+    _core.linear(x=_rows(x), weight=weight, bias=bias, out=_rows(out))
+    return out
+
+
+def embedding(token_ids: Array, weight: Array) -> Array:
+    """Rows of `weight` by token id.
+
+    Args:
+        token_ids: (...), int32 or int64, each in [0, vocab_size).
+        weight: (vocab_size, d_model), rows contiguous.
+
+    Returns:
+        (..., d_model), the weight's dtype and library.
+    """
+    _require_array(token_ids, "embedding: token_ids")
+    _require_rank(weight, "embedding: weight", 2, "(vocab_size, d_model)")
+    out = library_of(weight).empty((*token_ids.shape, weight.shape[1]), dtype_name(weight))
+    _core.embedding(token_ids=token_ids.reshape(-1), weight=weight, out=_rows(out))
+    return out
+
+
+def sample(
+    logits: Array,
+    *,
+    temperature: Any = 1.0,
+    top_k: Any = 0,
+    top_p: Any = 1.0,
+    min_p: Any = 0.0,
+    repetition_penalty: Any = 1.0,
+    history: Array | None = None,
+    seed: Any = None,
+    position: Any = 0,
+) -> Array:
+    """Draws a token a row: repetition penalty, temperature, top-k, top-p, min-p, in this order.
+
+    A row's draw depends on its logits and settings, its seed and its position alone (Philox4x32-10,
+    key = seed, counter = position). Settings are numbers or (B,) arrays.
+
+    Args:
+        logits: (B, V), float32, each row with a finite largest value and no NaN.
+        temperature: ≥ 0; 0 takes the largest logit, the lowest id among equals.
+        top_k: keep the k largest; 0 keeps all.
+        top_p: keep the smallest set of largest probabilities that sums to at least this; in (0, 1].
+        min_p: keep probabilities of at least this times the largest; in [0, 1].
+        repetition_penalty: > 0: logits of ids in `history` are divided by it where positive and
+            multiplied by it where negative.
+        history: (B, H) ids; negative ones are padding.
+        seed: number s, row b then uses s + b; (B,) array; or None, row b uses b.
+        position: the draw's number in its sequence.
+
+    Returns:
+        (B,), int64.
+    """
+    _require_rank(logits, "sample: logits", 2, "(batch, vocab_size)")
+    batch = logits.shape[0]
+    out = library_of(logits).empty((batch,), "int64")
+
+    def setting(name: str, value: Any, dtype: str) -> np.ndarray:
+        try:
+            return np.broadcast_to(np.asarray(value).astype(dtype, casting="same_kind"), (batch,))
+        except (TypeError, ValueError) as error:
+            raise InvalidArgumentError(
+                f"sample: {name} is {value!r}, expected a number or {batch} of them"
+            ) from error
+
+    if seed is None or np.ndim(seed) == 0:
+        seed = setting("seed", 0 if seed is None else seed, "int64") + np.arange(batch)
+    _core.sample(
+        logits=logits,
+        history=history,
+        repetition_penalty=setting("repetition_penalty", repetition_penalty, "float32"),
+        temperature=setting("temperature", temperature, "float32"),
+        top_k=setting("top_k", top_k, "int32"),
+        top_p=setting("top_p", top_p, "float32"),
+        min_p=setting("min_p", min_p, "float32"),
+        seed=setting("seed", seed, "int64"),
+        position=setting("position", position, "int64"),
+        out=out,
+    )
+    return out
+
+
+def mamba_block(
+    x: Array,
+    weights: dict[str, Array],
+    *,
+    conv_state: Array | None = None,
+    ssm_state: Array | None = None,
+) -> Array:
+    """The Mamba block (Gu & Dao, arXiv 2312.00752, figure 3), on a sequence or, with L = 1, a step.
+
+    Args:
+        x: (B, L, d_model), contiguous.
+        weights: by published name: "in_proj.weight" (2D, d_model), "conv1d.weight" (D, 1, W),
+            "x_proj.weight" (R + 2N, D), "dt_proj.weight" (D, R), "dt_proj.bias" (D,),
+            "A_log" (D, N), "D" (D,), "out_proj.weight" (d_model, D); optionally "in_proj.bias",
+            "conv1d.bias", "out_proj.bias". Matrices may have any activation type; "dt_proj.bias",
+            "A_log" and "D" are float32.
+        conv_state: (B, D, W - 1), x's dtype: the convolution's state, read and updated.
+        ssm_state: (B, D, N), float32: the scan's state, read and updated.
+
+    Returns:
+        (B, L, d_model), like x.
+    """
+    _require_array(x, "mamba_block: x")
+    required = (
+        "in_proj.weight",
+        "conv1d.weight",
+        "x_proj.weight",
+        "dt_proj.weight",
+        "dt_proj.bias",
+        "A_log",
+        "D",
+        "out_proj.weight",
+    )
+    for name in required:
+        if name not in weights:
+            raise InvalidArgumentError(f"mamba_block: weights has no {name!r}")
+    optional = ("in_proj.bias", "conv1d.bias", "out_proj.bias")
+    for name in weights:
+        if name not in required and name not in optional:
+            raise InvalidArgumentError(f"mamba_block: weights has an unknown {name!r}")
+    _require_rank(weights["conv1d.weight"], "mamba_block: conv1d.weight", 3, "(dim, 1, width)")
+    _require_array(weights["A_log"], "mamba_block: A_log")
+    library = library_of(x)
+    out = library.empty(x.shape, dtype_name(x))
+    _core.mamba_block(
+        x=x,
+        in_proj=weights["in_proj.weight"],
+        in_proj_bias=weights.get("in_proj.bias"),
+        conv_weight=weights["conv1d.weight"][:, 0, :],
+        conv_bias=weights.get("conv1d.bias"),
+        x_proj=weights["x_proj.weight"],
+        dt_proj=weights["dt_proj.weight"],
+        dt_bias=weights["dt_proj.bias"],
+        A=-library.exp(weights["A_log"]),
+        D=weights["D"],
+        out_proj=weights["out_proj.weight"],
+        out_proj_bias=weights.get("out_proj.bias"),
+        conv_state=conv_state,
+        ssm_state=ssm_state,
+        out=out,
+    )
+    return out

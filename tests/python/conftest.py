@@ -1,0 +1,29 @@
+"""What every test of the operators uses: the backends to run on, and the thread count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from backends import BACKENDS, Backend
+from hypothesis import settings
+
+import ssmcore
+
+settings.register_profile(
+    "operators", deadline=None, max_examples=60, derandomize=True, database=None
+)
+settings.load_profile("operators")
+
+
+@pytest.fixture(scope="session", params=list(BACKENDS))
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return BACKENDS[request.param]
+
+
+@pytest.fixture
+def set_num_threads() -> Iterator[Callable[[int], None]]:
+    """`ssmcore.set_num_threads`, undone after the test."""
+    before = ssmcore.num_threads()
+    yield ssmcore.set_num_threads
+    ssmcore.set_num_threads(before)
