@@ -9,8 +9,16 @@ namespace {
 constexpr int64_t kMinWidth = 2;
 constexpr int64_t kMaxWidth = 8;
 
-CausalConv1dFwdParams lower(const CausalConv1dFwdArgs& args, const Context& context) {
-  const Checks check("causal_conv1d", context.device());
+// What a caller knows the operator and its states by.
+struct Names {
+  const char *op, *initial_state, *final_state;
+};
+constexpr Names kSequence{"causal_conv1d", "initial_state", "final_state"};
+constexpr Names kUpdate{"causal_conv1d_update", "conv_state", "conv_state"};
+
+CausalConv1dFwdParams lower(const CausalConv1dFwdArgs& args, const Context& context,
+                            const Names& names) {
+  const Checks check(names.op, context.device());
   check.rank(args.x, "x", 3, "(batch, dim, seqlen)");
   check.rank(args.weight, "weight", 2, "(dim, width)");
   const Dim batch{"batch", args.x.shape[0]}, dim{"dim", args.x.shape[1]},
@@ -29,7 +37,7 @@ CausalConv1dFwdParams lower(const CausalConv1dFwdArgs& args, const Context& cont
   CausalConv1dFwdParams params{};
   const TensorView& any_state = args.initial_state ? args.initial_state : args.final_state;
   if (any_state) {
-    const char* name = args.initial_state ? "initial_state" : "final_state";
+    const char* name = args.initial_state ? names.initial_state : names.final_state;
     check.rank(any_state, name, 3, "(slots, dim, state_len)");
     const Dim slots{"slots", args.state_indices ? any_state.shape[0] : batch.size},
         state_len{"state_len", any_state.shape[2]};
@@ -37,9 +45,9 @@ CausalConv1dFwdParams lower(const CausalConv1dFwdArgs& args, const Context& cont
       return std::string(name) + " has state_len " + std::to_string(state_len.size) +
              ", expected at least width - 1 = " + std::to_string(width.size - 1);
     });
-    check.optional(args.initial_state, "initial_state", {slots, dim, state_len}, {dtype});
+    check.optional(args.initial_state, names.initial_state, {slots, dim, state_len}, {dtype});
     if (args.final_state)
-      check.output(args.final_state, "final_state", {slots, dim, state_len}, {dtype});
+      check.output(args.final_state, names.final_state, {slots, dim, state_len}, {dtype});
     check.state_indices(args.state_indices, batch.size, slots.size);
     params.state_len = state_len.size;
   }
@@ -62,25 +70,40 @@ CausalConv1dFwdParams lower(const CausalConv1dFwdArgs& args, const Context& cont
   return params;
 }
 
-TensorView as_sequence(const TensorView& view) {
-  return view.rank == 2 ? view.unsqueeze(2) : view;
+// Only when it runs: the memory of arguments that ask for a size may be made up.
+void check_overlap(const CausalConv1dFwdArgs& args, const Context& context, const Names& names) {
+  const Checks check(names.op, context.device());
+  check.disjoint(args.out, "out", args.x, "x");
+  check.disjoint(args.out, "out", args.initial_state, names.initial_state);
+  check.disjoint(args.out, "out", args.final_state, names.final_state);
+  check.disjoint(args.final_state, names.final_state, args.x, "x");
+  check.same_or_disjoint(args.final_state, names.final_state, args.initial_state,
+                         names.initial_state);
 }
 
+void run(const CausalConv1dFwdArgs& args, const Exec& exec, const Names& names) {
+  const auto params = lower(args, exec.context, names);
+  check_overlap(args, exec.context, names);
+  launch(names.op, kernel_table(exec.context).causal_conv1d_fwd, params, exec);
+}
+
+size_t workspace_size(const CausalConv1dFwdArgs& args, const Context& context, const Names& names) {
+  const auto params = lower(args, context, names);
+  return kernel_table(context).causal_conv1d_fwd.workspace_size(params, context);
+}
+
+TensorView as_sequence(const TensorView& view) { return view.rank == 2 ? view.unsqueeze(2) : view; }
+
 CausalConv1dFwdArgs as_sequence(const CausalConv1dUpdateArgs& args, const Context& context) {
-  const Checks check("causal_conv1d_update", context.device());
+  const Checks check(kUpdate.op, context.device());
   check.require(args.x.rank == 2 || args.x.rank == 3, [&] {
     return "x" + (args.x ? " has shape " + args.x.shape_string() : " is missing") +
            ", expected (batch, dim) or (batch, dim, tokens)";
   });
-  check.rank(args.conv_state, "conv_state", 3, "(slots, dim, state_len)");
-  const int64_t slots = args.state_indices ? args.conv_state.shape[0] : args.x.shape[0];
-  check.output(
-      args.conv_state, "conv_state",
-      {{"slots", slots}, {"dim", args.x.shape[1]}, {"state_len", args.conv_state.shape[2]}},
-      {args.x.dtype});
   check.require(args.out.rank == args.x.rank, [&] {
     return "out has shape " + args.out.shape_string() + ", expected x's " + args.x.shape_string();
   });
+  check.rank(args.conv_state, "conv_state", 3, "(slots, dim, state_len)");
 
   CausalConv1dFwdArgs sequence;
   sequence.x = as_sequence(args.x);
@@ -94,31 +117,23 @@ CausalConv1dFwdArgs as_sequence(const CausalConv1dUpdateArgs& args, const Contex
   return sequence;
 }
 
-// Only when it runs: the memory of arguments that ask for a size may be made up.
-void check_overlap(const CausalConv1dFwdArgs& args, const Context& context) {
-  const Checks check("causal_conv1d", context.device());
-  check.disjoint(args.out, "out", args.x, "x");
-}
-
 }  // namespace
 
 size_t causal_conv1d_fwd_workspace_size(const CausalConv1dFwdArgs& args, const Context& context) {
-  return kernel_table(context).causal_conv1d_fwd.workspace_size(lower(args, context), context);
+  return workspace_size(args, context, kSequence);
 }
 
 void causal_conv1d_fwd(const CausalConv1dFwdArgs& args, const Exec& exec) {
-  const auto params = lower(args, exec.context);
-  check_overlap(args, exec.context);
-  launch("causal_conv1d", kernel_table(exec.context).causal_conv1d_fwd, params, exec);
+  run(args, exec, kSequence);
 }
 
 size_t causal_conv1d_update_workspace_size(const CausalConv1dUpdateArgs& args,
                                            const Context& context) {
-  return causal_conv1d_fwd_workspace_size(as_sequence(args, context), context);
+  return workspace_size(as_sequence(args, context), context, kUpdate);
 }
 
 void causal_conv1d_update(const CausalConv1dUpdateArgs& args, const Exec& exec) {
-  causal_conv1d_fwd(as_sequence(args, exec.context), exec);
+  run(as_sequence(args, exec.context), exec, kUpdate);
 }
 
 }  // namespace ssmcore

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "ssmcore/error.h"
+#include "strided.h"
 
 namespace ssmcore {
 namespace {
@@ -132,6 +133,14 @@ void Checks::disjoint(const TensorView& output, const char* name, const TensorVi
   require(!overlap, [&] { return std::string(name) + " is written, but overlaps " + other_name; });
 }
 
+void Checks::same_or_disjoint(const TensorView& output, const char* name, const TensorView& other,
+                              const char* other_name) const {
+  const bool same = output.data == other.data && output.rank == other.rank &&
+                    std::equal(output.shape, output.shape + output.rank, other.shape) &&
+                    std::equal(output.strides, output.strides + output.rank, other.strides);
+  if (!same) disjoint(output, name, other, other_name);
+}
+
 void Checks::state_indices(const TensorView& indices, int64_t batch, int64_t slots) const {
   if (!indices) return;
   input(indices, "state_indices", {{"batch", batch}}, {DType::int32});
@@ -158,9 +167,7 @@ void Checks::token_ids(const TensorView& ids, int64_t vocab_size) const {
     return;
   }
   for (int64_t i = 0; i < ids.shape[0]; ++i) {
-    const int64_t at = i * ids.strides[0];
-    const int64_t id =
-        ids.dtype == DType::int32 ? ids.as<const int32_t>()[at] : ids.as<const int64_t>()[at];
+    const int64_t id = integer_at(ids.data, ids.dtype, i * ids.strides[0]);
     require(id >= 0 && id < vocab_size, [&] {
       return "token_ids holds " + std::to_string(id) + " at position " + std::to_string(i) +
              ", expected 0 to " + std::to_string(vocab_size - 1);

@@ -37,6 +37,10 @@ class Checks {
   void disjoint(const TensorView& output, const char* name, const TensorView& other,
                 const char* other_name) const;
 
+  // The same for an output that may also be that very tensor, updated in place.
+  void same_or_disjoint(const TensorView& output, const char* name, const TensorView& other,
+                        const char* other_name) const;
+
   // state_indices: (batch) int32; on the CPU also that each is below `slots` and none repeats.
   void state_indices(const TensorView& indices, int64_t batch, int64_t slots) const;
 

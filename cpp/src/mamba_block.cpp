@@ -1,6 +1,7 @@
 #include "ssmcore/mamba_block.h"
 
 #include <algorithm>
+#include <tuple>
 
 #include "checks.h"
 #include "scratch.h"
@@ -64,6 +65,23 @@ Plan::Plan(const MambaBlockFwdArgs& args, const Context& context, Scratch& scrat
               {{"dt_rank + 2 dstate", dt_rank.size + 2 * dstate.size}, dim}, kActivationTypes);
   check.input(weights.dt_proj.data, "dt_proj", {dim, dt_rank}, kActivationTypes);
   check.input(weights.out_proj.data, "out_proj", {d_model, dim}, kActivationTypes);
+  check.optional(weights.in_proj_bias, "in_proj_bias", {{"2 dim", 2 * dim.size}}, kActivationTypes);
+  check.optional(weights.out_proj_bias, "out_proj_bias", {d_model}, kActivationTypes);
+  check.input(weights.A, "A", {dim, dstate}, {DType::float32});
+  check.optional(weights.D, "D", {dim}, {DType::float32});
+  check.optional(weights.dt_bias, "dt_bias", {dim}, {DType::float32});
+  check.rank(weights.conv_weight, "conv_weight", 2, "(dim, width)");
+  const Dim width{"width", weights.conv_weight.shape[1]};
+  check.input(weights.conv_weight, "conv_weight", {dim, width}, {dtype, DType::float32});
+  check.optional(weights.conv_bias, "conv_bias", {dim}, {dtype, DType::float32});
+  for (const auto& [state, name, steps, state_dtype] :
+       {std::tuple{&args.conv_state, "conv_state", Dim{"width - 1", width.size - 1}, dtype},
+        std::tuple{&args.ssm_state, "ssm_state", dstate, DType::float32}}) {
+    if (!*state) continue;
+    const Dim slots{"slots", args.state_indices ? state->shape[0] : batch.size};
+    check.output(*state, name, {slots, dim, steps}, {state_dtype});
+    check.state_indices(args.state_indices, batch.size, slots.size);
+  }
 
   const auto activation = [&](int64_t n) {
     return scratch.tensor(dtype, {batch.size, seqlen.size, n}, context.device());

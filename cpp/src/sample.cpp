@@ -39,6 +39,19 @@ void check_logits(const Checks& check, const TensorView& logits) {
   }
 }
 
+void check_history(const Checks& check, const TensorView& history, int64_t vocab_size) {
+  if (history.device.type != DeviceType::cpu) return;
+  for (int64_t b = 0; b < history.shape[0]; ++b)
+    for (int64_t i = 0; i < history.shape[1]; ++i) {
+      const int64_t id =
+          integer_at(history.data, history.dtype, b * history.strides[0] + i * history.strides[1]);
+      check.require(id < vocab_size, [&] {
+        return "history holds " + std::to_string(id) + " in row " + std::to_string(b) +
+               ", expected less than vocab_size " + std::to_string(vocab_size);
+      });
+    }
+}
+
 SampleParams lower(const SampleArgs& args, const Context& context) {
   const Checks check("sample", context.device());
   check.rank(args.logits, "logits", 2, "(batch, vocab_size)");
@@ -61,6 +74,7 @@ SampleParams lower(const SampleArgs& args, const Context& context) {
     params.history_length = args.history.shape[1];
     check.input(args.history, "history", {batch, {"length", params.history_length}},
                 {DType::int32, DType::int64});
+    check_history(check, args.history, vocab_size.size);
   }
   check_setting<float>(check, args.repetition_penalty, "repetition_penalty", "a positive number",
                        [](float v) { return v > 0 && std::isfinite(v); });

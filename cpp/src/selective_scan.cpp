@@ -102,10 +102,18 @@ void check_overlap(const SelectiveScanFwdArgs& args, const Context& context) {
   const Checks check("selective_scan", context.device());
   for (const auto& [input, name] : {std::pair{&args.u, "u"},
                                     {&args.delta, "delta"},
+                                    {&args.A, "A"},
                                     {&args.B, "B"},
                                     {&args.C, "C"},
-                                    {&args.z, "z"}})
+                                    {&args.D, "D"},
+                                    {&args.z, "z"},
+                                    {&args.delta_bias, "delta_bias"}}) {
     check.disjoint(args.out, "out", *input, name);
+    check.disjoint(args.last_state, "last_state", *input, name);
+  }
+  check.disjoint(args.out, "out", args.initial_state, "initial_state");
+  check.disjoint(args.out, "out", args.last_state, "last_state");
+  check.same_or_disjoint(args.last_state, "last_state", args.initial_state, "initial_state");
 }
 
 }  // namespace

@@ -20,4 +20,11 @@ struct Strided {
   explicit operator bool() const { return data != nullptr; }
 };
 
+// Element `at` of int32 or int64 data.
+__attribute__((always_inline)) inline int64_t integer_at(const void* data, DType dtype,
+                                                         int64_t at) {
+  return dtype == DType::int32 ? static_cast<const int32_t*>(data)[at]
+                               : static_cast<const int64_t*>(data)[at];
+}
+
 }  // namespace ssmcore

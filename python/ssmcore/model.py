@@ -78,7 +78,7 @@ class Model:
 
         Raises:
             InvalidArgumentError: for another rank or dtype, no tokens, an id out of range, or a
-                state of fewer than B sequences. The state is then as it was.
+                state of another number of sequences. The state is then as it was.
         """
         if logits not in ("all", "last", "none"):
             raise InvalidArgumentError(

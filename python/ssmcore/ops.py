@@ -174,8 +174,9 @@ def causal_conv1d(
         weight: (D, W), W from 2 to 8, x's dtype or float32.
         bias: (D,), x's dtype or float32.
         activation: None, "silu" or "swish" (the same).
-        initial_state: (B, D, W - 1), x's dtype, oldest first: the inputs before x; default zeros.
-        return_final_state: also return the last W - 1 inputs, as `initial_state` takes them.
+        initial_state: (B, D, S), S ≥ W - 1 (by default W - 1 zeros), x's dtype, oldest first: the
+            inputs before x.
+        return_final_state: also return the last inputs, as `initial_state` takes them.
 
     Returns:
         out, (B, D, L) like x; or (out, final_state).
@@ -345,7 +346,11 @@ def sample(
 
     def setting(name: str, value: Any, dtype: str) -> np.ndarray:
         try:
-            return np.broadcast_to(np.asarray(value).astype(dtype, casting="same_kind"), (batch,))
+            given = np.asarray(value)
+            converted = given.astype(dtype, casting="same_kind")
+            if given.dtype.kind in "iu" and not np.array_equal(converted, given):
+                raise ValueError(f"beyond {dtype}")
+            return np.broadcast_to(converted, (batch,))
         except (TypeError, ValueError) as error:
             raise InvalidArgumentError(
                 f"sample: {name} is {value!r}, expected a number or {batch} of them"
@@ -358,7 +363,7 @@ def sample(
         history=history,
         repetition_penalty=setting("repetition_penalty", repetition_penalty, "float32"),
         temperature=setting("temperature", temperature, "float32"),
-        top_k=setting("top_k", top_k, "int32"),
+        top_k=setting("top_k", np.minimum(top_k, np.iinfo(np.int32).max), "int32"),
         top_p=setting("top_p", top_p, "float32"),
         min_p=setting("min_p", min_p, "float32"),
         seed=setting("seed", seed, "int64"),
@@ -408,7 +413,13 @@ def mamba_block(
     for name in weights:
         if name not in required and name not in optional:
             raise InvalidArgumentError(f"mamba_block: weights has an unknown {name!r}")
-    _require_rank(weights["conv1d.weight"], "mamba_block: conv1d.weight", 3, "(dim, 1, width)")
+    conv_weight = weights["conv1d.weight"]
+    _require_rank(conv_weight, "mamba_block: conv1d.weight", 3, "(dim, 1, width)")
+    if conv_weight.shape[1] != 1:
+        raise InvalidArgumentError(
+            f"mamba_block: conv1d.weight has shape {tuple(conv_weight.shape)}, "
+            "expected (dim, 1, width)"
+        )
     _require_array(weights["A_log"], "mamba_block: A_log")
     library = library_of(x)
     out = library.empty(x.shape, dtype_name(x))
@@ -416,7 +427,7 @@ def mamba_block(
         x=x,
         in_proj=weights["in_proj.weight"],
         in_proj_bias=weights.get("in_proj.bias"),
-        conv_weight=weights["conv1d.weight"][:, 0, :],
+        conv_weight=conv_weight[:, 0, :],
         conv_bias=weights.get("conv1d.bias"),
         x_proj=weights["x_proj.weight"],
         dt_proj=weights["dt_proj.weight"],

@@ -111,11 +111,11 @@ class IncrementalDecoder:
         self.pending = num_broken > 0
         if self.pending:
             self._num_returned = max(self._num_returned, end)
-        elif piece:
+        elif piece or not self._num_context:
             del self._window[: self._num_context]
             self._num_context = len(self._window)
             self._num_returned = len(self._tokenizer.decode(self._window))
-        else:
+        else:  # an id without text
             del self._window[self._num_context :]
         return piece
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_fixtures import PROMPT, bundled_model, golden, golden_text, upstream_model
 
@@ -32,6 +32,7 @@ def until_stop(text, stops):
     return text, False
 
 
+@settings(max_examples=500)
 @given(
     pieces=st.lists(st.text("ab", max_size=4), max_size=8),
     stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
@@ -52,6 +53,7 @@ def test_stop_filter(pieces, stops):
     assert passed + stop_filter.held == expected
 
 
+@settings(max_examples=500)
 @given(
     text=st.text("a€b", max_size=12),
     stops=st.lists(st.text("a€b", min_size=1, max_size=3), max_size=3),

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_fixtures import BUNDLED
 from tokenizers import (
@@ -19,7 +19,14 @@ from tokenizers import (
 import ssmcore
 from ssmcore.tokenizer import ByteTokenizer, FileTokenizer, IncrementalDecoder
 
-TEXTS = ["naïve café, 5 € or 5€", "日本語のテキスト", "👩‍👩‍👧 family 👍🏽", "plain ascii text"]
+TEXTS = [
+    "naïve café, 5 € or 5€",
+    "日本語のテキスト",
+    "👩‍👩‍👧 family 👍🏽",
+    "plain ascii text",
+    " ",
+    "  a  b ",
+]
 
 
 def byte_level_bpe(folder):
@@ -76,6 +83,7 @@ def test_text_survives(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@settings(max_examples=200)
 @given(text=st.text() | st.sampled_from(TEXTS))
 def test_pieces_hold_whole_characters_and_join_to_the_text(tokenizer, text):
     pieces = pieces_of(tokenizer, tokenizer.encode(text))
@@ -85,6 +93,7 @@ def test_pieces_hold_whole_characters_and_join_to_the_text(tokenizer, text):
 
 
 @pytest.mark.parametrize("make", [ByteTokenizer, lambda: FileTokenizer(BUNDLED / "tokenizer.json")])
+@settings(max_examples=200)
 @given(data=st.binary() | st.lists(st.sampled_from(b"\xf0\x9f\x98\x80\xe2\x82\xc3a")).map(bytes))
 def test_broken_bytes_decode_as_a_whole_sequence_does(make, data):
     tokenizer = make()

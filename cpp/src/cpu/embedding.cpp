@@ -11,12 +11,6 @@ namespace {
 
 constexpr int64_t kTaskRows = 16;
 
-int64_t token_id(const EmbeddingParams& p, int64_t row) {
-  const int64_t at = row * p.token_ids.stride[0];
-  return p.index_dtype == DType::int32 ? static_cast<const int32_t*>(p.token_ids.data)[at]
-                                       : static_cast<const int64_t*>(p.token_ids.data)[at];
-}
-
 // Converts through a buffer of one vector, whatever the two dtypes.
 void copy_row(const EmbeddingParams& p, const char* from, char* to) {
   const int64_t from_size = static_cast<int64_t>(dtype_size(p.weight_dtype));
@@ -40,9 +34,12 @@ void embedding(const EmbeddingParams& p, const Exec& exec) {
   exec.context.thread_pool().parallel_for(
       (p.rows + kTaskRows - 1) / kTaskRows, exec.context.num_threads(), [&](int64_t task, int) {
         const int64_t begin = task * kTaskRows, end = min(begin + kTaskRows, p.rows);
-        for (int64_t row = begin; row < end; ++row)
-          copy_row(p, static_cast<const char*>(p.weight) + token_id(p, row) * row_bytes,
+        for (int64_t row = begin; row < end; ++row) {
+          const int64_t id =
+              integer_at(p.token_ids.data, p.index_dtype, row * p.token_ids.stride[0]);
+          copy_row(p, static_cast<const char*>(p.weight) + id * row_bytes,
                    row_of(p.out, p.out_dtype, row));
+        }
       });
 }
 

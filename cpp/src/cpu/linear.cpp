@@ -113,8 +113,10 @@ constexpr int64_t kBlockRows = 256;
 constexpr int64_t kPanel = 128;
 constexpr int64_t kMaxBlasStride = INT32_MAX;
 
-bool blas_can_use(DType dtype, const Strided<2>& tensor) {
-  return dtype == DType::float32 && tensor.stride[1] == 1 && tensor.stride[0] <= kMaxBlasStride;
+// BLAS takes float32 matrices of contiguous rows that do not overlap.
+bool blas_can_use(DType dtype, int64_t row_stride, int64_t stride, int64_t cols) {
+  return dtype == DType::float32 && stride == 1 && row_stride >= cols &&
+         row_stride <= kMaxBlasStride;
 }
 
 // Where an operand cannot be used in place it is converted: x once, the others per worker.
@@ -122,9 +124,9 @@ struct ManyRows {
   bool stage_x, stage_weight, stage_out;
 
   explicit ManyRows(const LinearParams& p)
-      : stage_x(!blas_can_use(p.dtype, p.x)),
-        stage_weight(p.weight_dtype != DType::float32 || p.weight_row_stride > kMaxBlasStride),
-        stage_out(!blas_can_use(p.out_dtype, p.out)) {}
+      : stage_x(!blas_can_use(p.dtype, p.x.stride[0], p.x.stride[1], p.in_features)),
+        stage_weight(!blas_can_use(p.weight_dtype, p.weight_row_stride, 1, p.in_features)),
+        stage_out(!blas_can_use(p.out_dtype, p.out.stride[0], p.out.stride[1], p.out_features)) {}
 
   float* shared(const LinearParams& p, Scratch& scratch) const {
     return scratch.floats(stage_x ? p.rows * p.in_features : 0);

@@ -19,11 +19,6 @@ T value_or(const Strided<1>& setting, int64_t row, T absent) {
   return setting ? static_cast<const T*>(setting.data)[row * setting.stride[0]] : absent;
 }
 
-int64_t integer_at(const void* data, DType dtype, int64_t at) {
-  return dtype == DType::int32 ? static_cast<const int32_t*>(data)[at]
-                               : static_cast<const int64_t*>(data)[at];
-}
-
 // One row's logits and the candidates still in play.
 struct Row {
   const float* stored;
@@ -45,7 +40,7 @@ void apply_repetition_penalty(const SampleParams& p, Row& row, int64_t b, float 
   for (int64_t i = 0; i < p.history_length; ++i) {
     const int64_t id = integer_at(p.history.data, p.history_dtype,
                                   b * p.history.stride[0] + i * p.history.stride[1]);
-    if (id < 0 || id >= p.vocab_size) continue;
+    if (id < 0) continue;
     const float logit = row.stored[id * row.stride];
     row.logits[id] = logit > 0 ? logit / penalty : logit * penalty;
   }
