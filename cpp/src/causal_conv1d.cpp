@@ -6,9 +6,6 @@
 namespace ssmcore {
 namespace {
 
-constexpr int64_t kMinWidth = 2;
-constexpr int64_t kMaxWidth = 8;
-
 // What a caller knows the operator and its states by.
 struct Names {
   const char *op, *initial_state, *final_state;
@@ -27,10 +24,7 @@ CausalConv1dFwdParams lower(const CausalConv1dFwdArgs& args, const Context& cont
 
   check.input(args.x, "x", {batch, dim, seqlen}, kActivationTypes);
   check.input(args.weight, "weight", {dim, width}, {dtype, DType::float32});
-  check.require(width.size >= kMinWidth && width.size <= kMaxWidth, [&] {
-    return "weight has width " + std::to_string(width.size) + ", expected " +
-           std::to_string(kMinWidth) + " to " + std::to_string(kMaxWidth);
-  });
+  check.range("weight: width", width.size, kMinConvWidth, kMaxConvWidth);
   check.optional(args.bias, "bias", {dim}, {dtype, DType::float32});
   check.output(args.out, "out", {batch, dim, seqlen}, {dtype});
 

@@ -175,6 +175,13 @@ void Checks::token_ids(const TensorView& ids, int64_t vocab_size) const {
   }
 }
 
+void Checks::range(const char* name, int64_t value, int64_t least, int64_t most) const {
+  require(value >= least && value <= most, [&] {
+    return std::string(name) + " is " + std::to_string(value) + ", expected " +
+           std::to_string(least) + " to " + std::to_string(most);
+  });
+}
+
 void Checks::workspace(const Exec& exec, size_t needed) const {
   require(exec.workspace_bytes >= needed && (needed == 0 || exec.workspace), [&] {
     return "workspace has " + std::to_string(exec.workspace ? exec.workspace_bytes : 0) +

@@ -47,6 +47,9 @@ class Checks {
   // Token ids, int32 or int64: on the CPU, each in [0, vocab_size).
   void token_ids(const TensorView& ids, int64_t vocab_size) const;
 
+  // A number in [least, most].
+  void range(const char* name, int64_t value, int64_t least, int64_t most) const;
+
   void workspace(const Exec& exec, size_t needed) const;
 
   // Throws "op: message" unless `condition`.

@@ -72,6 +72,7 @@ Plan::Plan(const MambaBlockFwdArgs& args, const Context& context, Scratch& scrat
   check.optional(weights.dt_bias, "dt_bias", {dim}, {DType::float32});
   check.rank(weights.conv_weight, "conv_weight", 2, "(dim, width)");
   const Dim width{"width", weights.conv_weight.shape[1]};
+  check.range("conv_weight: width", width.size, kMinConvWidth, kMaxConvWidth);
   check.input(weights.conv_weight, "conv_weight", {dim, width}, {dtype, DType::float32});
   check.optional(weights.conv_bias, "conv_bias", {dim}, {dtype, DType::float32});
   for (const auto& [state, name, steps, state_dtype] :

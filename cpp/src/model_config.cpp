@@ -5,6 +5,7 @@
 
 #include "json_reader.h"
 #include "model_config_json.h"
+#include "ssmcore/causal_conv1d.h"
 #include "ssmcore/error.h"
 
 namespace ssmcore {
@@ -18,8 +19,6 @@ constexpr int64_t kMaxVocabSize = std::numeric_limits<int32_t>::max();
 constexpr int64_t kMaxLayers = 100'000;
 constexpr int64_t kMaxDim = int64_t{1} << 24;
 constexpr int64_t kMaxDState = int64_t{1} << 16;
-constexpr int64_t kMinWidth = 2;
-constexpr int64_t kMaxWidth = 8;
 
 // One object of a config.json. A field that is null is taken as absent.
 class Fields {
@@ -106,7 +105,7 @@ ModelConfig read_transformers_config(const json& object, const std::string& sour
   config.dim = fields.has("intermediate_size") ? fields.size("intermediate_size", 0, kMaxDim)
                                                : fields.expanded(config.d_model);
   config.dstate = fields.size("state_size", 16, kMaxDState);
-  config.width = fields.integer("conv_kernel", 4, kMinWidth, kMaxWidth);
+  config.width = fields.integer("conv_kernel", 4, kMinConvWidth, kMaxConvWidth);
   config.dt_rank = fields.dt_rank("time_step_rank", config.d_model);
   const double norm_eps = fields.number("layer_norm_epsilon", 1e-5);
   if (!(norm_eps >= 0 && norm_eps <= 1)) fields.fail("layer_norm_epsilon", "a number from 0 to 1");
@@ -150,7 +149,7 @@ ModelConfig read_upstream_config(const json& object, const std::string& source) 
                        MixerType::mamba);
   config.dim = ssm.expanded(config.d_model);
   config.dstate = ssm.size("d_state", 16, kMaxDState);
-  config.width = ssm.integer("d_conv", 4, kMinWidth, kMaxWidth);
+  config.width = ssm.integer("d_conv", 4, kMinConvWidth, kMaxConvWidth);
   config.dt_rank = ssm.dt_rank("dt_rank", config.d_model);
   config.use_bias = ssm.flag("bias", false);
   config.use_conv_bias = ssm.flag("conv_bias", true);

@@ -6,6 +6,9 @@
 
 namespace ssmcore {
 
+inline constexpr int64_t kMinConvWidth = 2;
+inline constexpr int64_t kMaxConvWidth = 8;
+
 enum class Activation : uint8_t { none, silu };
 
 // out(t) = act(bias[d] + Σ_w weight[d, w] x(t - width + 1 + w)), where x before the start comes
