@@ -25,6 +25,12 @@ struct CausalConv1dFwdArgs {
   TensorView final_state;    // optional, written: the last state_len of (initial_state, x)
   TensorView state_indices;  // optional (batch), int32, as in SelectiveScanFwdArgs
 
+  // Several sequences in a row, either packed as in SelectiveScanFwdArgs, with states,
+  TensorView cu_seqlens;  // optional (sequences + 1), int32
+  // or numbered step by step, without states: a step sees those before it of the same number, and
+  // one with a negative number gives 0.
+  TensorView seq_idx;  // optional (batch, seqlen), int32
+
   TensorView out;  // (batch, dim, seqlen), x's dtype, written; overlaps no input
 };
 
@@ -32,12 +38,15 @@ size_t causal_conv1d_fwd_workspace_size(const CausalConv1dFwdArgs& args, const C
 
 void causal_conv1d_fwd(const CausalConv1dFwdArgs& args, const Exec& exec);
 
-// The same for the next few tokens of a running sequence, updating `conv_state` in place.
+// The same for the next few tokens of a running sequence, updating `conv_state` in place: shifted,
+// oldest first, or, with cache_seqlens, written round and round.
 struct CausalConv1dUpdateArgs {
-  TensorView x;           // (batch, dim) or (batch, dim, tokens)
-  TensorView conv_state;  // (slots, dim, state_len), updated
-  TensorView weight;      // (dim, width)
-  TensorView bias;        // optional (dim)
+  TensorView x;              // (batch, dim) or (batch, dim, tokens)
+  TensorView conv_state;     // (slots, dim, state_len), updated
+  TensorView cache_seqlens;  // optional (batch), int32, ≥ 0: tokens row b has seen; input number i
+                             // is then at i modulo state_len
+  TensorView weight;         // (dim, width)
+  TensorView bias;           // optional (dim)
   Activation activation = Activation::none;
   TensorView state_indices;  // optional (batch), int32
   TensorView out;            // x's shape, written

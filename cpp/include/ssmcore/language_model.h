@@ -21,6 +21,12 @@ class ModelState {
  public:
   int64_t num_slots() const { return num_slots_; }
   size_t nbytes() const;
+  // A copy of every slot.
+  ModelState clone() const;
+  // All slots as bytes and back, for a file; `load` throws Error(invalid_argument) unless they were
+  // written from a state of the same model shape and number of slots.
+  std::string save() const;
+  void load(const std::string& bytes);
   // Back to the start of a sequence. Throws Error(invalid_argument) for a slot out of range.
   void reset_slot(int64_t slot);
   void copy_slot(int64_t from, int64_t to);
@@ -37,17 +43,19 @@ class ModelState {
 };
 
 struct LanguageModelFwdArgs {
-  TensorView token_ids;         // (batch, seqlen), int32 or int64, seqlen ≥ 1
+  TensorView token_ids;  // (batch, seqlen), int32 or int64, seqlen ≥ 1
+  // Packed sequences of unequal lengths: batch is 1, and each sequence is a row for the state.
+  TensorView cu_seqlens;        // optional (rows + 1), int32, as in SelectiveScanFwdArgs
   ModelState* state = nullptr;  // read, then updated
   TensorView state_indices;     // optional (batch), int32: each row's slot, all different; absent:
                                 // row b uses slot b, and the state has as many slots as rows
-  TensorView logits;  // float32, written: (batch, seqlen, vocab_size); or (batch, vocab_size) for
-                      // the last position alone; or absent
+  TensorView logits;  // float32, written: (batch, seqlen, vocab_size); or (rows, vocab_size) for
+                      // the last position of each row alone, none of them empty; or absent
 };
 
 struct LoadOptions {
-  DType dtype =
-      DType::float32;  // activations: float32, bfloat16 or float16; weights stay as stored
+  // Of the activations: float32, bfloat16 or float16. Weights stay as stored.
+  DType dtype = DType::float32;
 };
 
 // Immutable once made, so threads may share it, each with its own state and workspace. The context
@@ -60,9 +68,12 @@ class LanguageModel {
   ~LanguageModel();
   LanguageModel(LanguageModel&&) noexcept;
 
-  const ModelConfig& config() const { return config_; }
+  const ModelConfig& config() const { return checkpoint_.config; }
   DType dtype() const { return dtype_; }
   int64_t num_parameters() const { return num_parameters_; }
+
+  // What it was made from: the configuration and the tensors as stored.
+  const Checkpoint& checkpoint() const { return checkpoint_; }
 
   ModelState new_state(int64_t num_slots) const;
 
@@ -76,11 +87,10 @@ class LanguageModel {
   void forward_chunk(const LanguageModelFwdArgs& args, int64_t begin, int64_t length,
                      const TensorView& logits, const Exec& exec) const;
 
-  ModelConfig config_;
+  Checkpoint checkpoint_;  // dense weights point into its memory
   DType dtype_ = DType::float32;
   int64_t num_parameters_ = 0;
   Allocator* allocator_ = nullptr;
-  TensorMap stored_;             // the checkpoint's memory, which dense weights point into
   std::vector<Buffer> buffers_;  // weights that had to be converted
   std::vector<Layer> layers_;
   TensorView embedding_;

@@ -8,17 +8,18 @@
 namespace ssmcore {
 
 struct MambaBlockWeights {
-  Weight in_proj;            // (2 dim, d_model): x, then z
-  TensorView in_proj_bias;   // optional (2 dim)
-  TensorView conv_weight;    // (dim, width), float32 or the activation type
-  TensorView conv_bias;      // optional (dim)
-  Weight x_proj;             // (dt_rank + 2 dstate, dim): Δ, B, C
-  Weight dt_proj;            // (dim, dt_rank)
-  TensorView dt_bias;        // optional (dim), float32
-  TensorView A;              // (dim, dstate), float32: -exp(A_log)
-  TensorView D;              // optional (dim), float32
-  Weight out_proj;           // (d_model, dim)
-  TensorView out_proj_bias;  // optional (d_model)
+  Weight in_proj;             // (2 dim, d_model): x, then z
+  TensorView in_proj_bias;    // optional (2 dim)
+  TensorView conv_weight;     // (dim, width), float32 or the activation type
+  TensorView conv_bias;       // optional (dim)
+  Weight x_proj;              // (dt_rank + 2 dstate, dim): Δ, B, C
+  Weight dt_proj;             // (dim, dt_rank)
+  TensorView dt_bias;         // optional (dim), float32
+  TensorView A;               // (dim, dstate), float32: -exp(A_log)
+  TensorView D;               // optional (dim), float32
+  Weight out_proj;            // (d_model, dim)
+  TensorView out_proj_bias;   // optional (d_model)
+  float dt_B_C_norm_eps = 0;  // > 0 (FalconMamba): Δ, B and C each pass an RMS norm without weights
 };
 
 // A sequence of any length, or the next token (seqlen 1) of running ones:
@@ -31,6 +32,7 @@ struct MambaBlockFwdArgs {
   TensorView conv_state;     // optional (slots, dim, width - 1), x's dtype: read, then updated
   TensorView ssm_state;      // optional (slots, dim, dstate), float32: read, then updated
   TensorView state_indices;  // optional (batch), int32, as in SelectiveScanFwdArgs
+  TensorView cu_seqlens;     // optional (sequences + 1), int32: packed, as in SelectiveScanFwdArgs
 };
 
 size_t mamba_block_fwd_workspace_size(const MambaBlockFwdArgs& args, const Context& context);

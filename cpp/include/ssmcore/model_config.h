@@ -14,7 +14,7 @@ enum class MixerType : uint8_t { mamba };
 
 struct ModelConfig {
   CheckpointFormat format = CheckpointFormat::transformers;
-  std::string model_type;  // as transformers names it: "mamba"
+  std::string model_type;  // as transformers names it: "mamba" or "falcon_mamba"
   int64_t d_model = 0;
   int64_t vocab_size = 0;         // ids and logits; the embedding may have more rows as padding
   int64_t padded_vocab_size = 0;  // rows of the embedding and of the head
@@ -24,6 +24,7 @@ struct ModelConfig {
   int64_t width = 4;
   int64_t dt_rank = 0;
   float norm_eps = 1e-5f;
+  float mixer_norm_eps = 0;   // falcon_mamba: of the norms on Δ, B and C; else 0
   bool use_bias = false;      // in_proj and out_proj have biases
   bool use_conv_bias = true;  // the convolution has one
   bool tie_embeddings = true;

@@ -1,4 +1,4 @@
-// Root-mean-square normalisation with an optional residual addition.
+// Root-mean-square normalisation with an optional residual addition and an optional gate.
 #pragma once
 
 #include "ssmcore/context.h"
@@ -6,13 +6,21 @@
 
 namespace ssmcore {
 
-// r = x + residual (without residual: x); out = weight · r / sqrt(mean(r²) + eps), in float32.
+// r = x + residual (without residual: x), in float32. Without a gate
+//
+//   out = norm(r),  norm(v) = weight · v / sqrt(mean(v²) + eps)
+//
+// the mean being over each group of group_size elements; with one (Mamba-2), out = norm(r SiLU(z)),
+// or norm(r) SiLU(z) if norm_before_gate.
 struct RmsNormFwdArgs {
   TensorView x;             // (rows, dim): float32, bfloat16 or float16
-  TensorView weight;        // (dim): float32, bfloat16 or float16
+  TensorView weight;        // optional (dim): float32, bfloat16 or float16; absent: ones
   TensorView residual;      // optional (rows, dim), any of those dtypes
   TensorView residual_out;  // optional (rows, dim), written: r; may be `residual`'s memory
-  TensorView out;           // (rows, dim), written; any of those dtypes
+  TensorView z;             // optional (rows, dim), any of those dtypes
+  TensorView out;           // (rows, dim), written; any of those dtypes; may be x's memory
+  int64_t group_size = 0;   // divides dim; 0: dim
+  bool norm_before_gate = false;
   float eps = 1e-5f;
 };
 

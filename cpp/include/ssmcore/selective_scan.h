@@ -9,29 +9,45 @@ namespace ssmcore {
 // For every batch b, channel d and state n, with Δ = softplus?(delta + delta_bias):
 //
 //   h[n](t) = exp(Δ(t) A[d, n]) h[n](t - 1) + Δ(t) B[n](t) u(t)
-//   y(t)    = Σ_n C[n](t) h[n](t) + D[d] u(t)
-//   out(t)  = y(t) SiLU(z(t))            (without z: y(t))
+//   y(t)    = Σ_n C[n](t) h[n](t) + D[d] u(t)        (complex A: 2 Re Σ_n C[n](t) h[n](t) + …)
+//   out(t)  = y(t) SiLU(z(t))                        (without z: y(t))
 //
-// Activation type: float32, bfloat16 or float16, one for u, delta, B, C, z and out; states and
-// accumulation are float32. Any non-negative strides.
+// Activation type: float32, bfloat16 or float16, one for u, delta, B, C, z and out; A, D,
+// delta_bias, states and accumulation are float32. Or everything is float64, for checking. Any
+// non-negative strides.
+//
+// A may be complex64 (S4D and S5 are this case): constant B and C and the states are then complex64
+// too, and varying B and C hold real and imaginary parts side by side, (…, dstate, 2 seqlen).
 struct SelectiveScanFwdArgs {
   TensorView u;           // (batch, dim, seqlen)
   TensorView delta;       // (batch, dim, seqlen)
-  TensorView A;           // (dim, dstate), float32
-  TensorView B;           // (dim, dstate) float32: constant in time; (batch, dstate, seqlen); or
+  TensorView A;           // (dim, dstate), float32 or complex64
+  TensorView B;           // (dim, dstate), A's dtype: constant in time; (batch, dstate, seqlen); or
                           // (batch, ngroups, dstate, seqlen), ngroups dividing dim
   TensorView C;           // like B, independently of it
-  TensorView D;           // optional (dim), float32
+  TensorView D;           // optional (dim)
   TensorView z;           // optional (batch, dim, seqlen)
-  TensorView delta_bias;  // optional (dim), float32
+  TensorView delta_bias;  // optional (dim)
   bool delta_softplus = false;
 
-  // States are (slots, dim, dstate), float32. Without state_indices slots = batch and row b uses
-  // slot b. The two may be the same memory.
+  // Packed sequences: batch is 1, and sequence s is the steps [cu_seqlens[s], cu_seqlens[s + 1]).
+  // What is said of rows below then holds of sequences. An empty one's last state is its initial
+  // state.
+  TensorView cu_seqlens;  // optional (sequences + 1), int32: from 0, ascending, to seqlen
+
+  // States are (slots, dim, dstate), float32 or complex64 as A. Without state_indices slots = batch
+  // and row b uses slot b. The two may be the same memory.
   TensorView initial_state;  // optional; absent: zeros
   TensorView last_state;     // optional, written: h after the last step
   TensorView state_indices;  // optional (batch), int32: the slot of each row; negative: starts from
                              // zeros and leaves nothing. The entries that are not negative differ.
+
+  // On request, what it takes to resume in the middle of a row, or to split one over devices.
+  TensorView chunk_states;  // optional (batch, chunks, dim, dstate), written: h after every
+                            // chunk_size steps and after the last, chunks = ⌈seqlen / chunk_size⌉;
+                            // packed: (1, Σ ⌈length / chunk_size⌉, dim, dstate), in order
+  int64_t chunk_size = 0;   // > 0 with chunk_states
+  TensorView delta_sum;     // optional (batch, dim), float32, written: Σ_t Δ(t)
 
   TensorView out;  // (batch, dim, seqlen), written; overlaps no input
 };
