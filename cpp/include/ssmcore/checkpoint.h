@@ -30,6 +30,11 @@ struct Checkpoint {
 // one that is damaged; whatever the files hold, nothing is read outside them.
 Checkpoint open_checkpoint(const std::string& folder);
 
+// Writes config.json and model.safetensors, as transformers reads them, into a folder that is made
+// if need be. The tensors are written as stored, under transformers' names. Each file appears whole
+// or not at all. Throws Error(not_found) for a path that cannot be written.
+void save_checkpoint(const Checkpoint& checkpoint, const std::string& folder);
+
 // The tensors of one .safetensors file: F32, F64, BF16, F16, I32 or I64, of rank up to kMaxRank.
 // Throws as open_checkpoint does.
 TensorMap open_safetensors(const std::string& path);
