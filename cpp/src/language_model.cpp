@@ -101,7 +101,7 @@ void ModelState::copy_slot(int64_t from, int64_t to) {
 
 LanguageModel::LanguageModel(const Checkpoint& checkpoint, const Context& context,
                              const LoadOptions& options)
-    : config_(checkpoint.config), dtype_(options.dtype), stored_(checkpoint.tensors) {
+    : checkpoint_(checkpoint), dtype_(options.dtype) {
   Checks("language_model", context.device())
       .require(std::find(kActivationTypes.begin(), kActivationTypes.end(), dtype_) !=
                    kActivationTypes.end(),
@@ -110,22 +110,22 @@ LanguageModel::LanguageModel(const Checkpoint& checkpoint, const Context& contex
                         ", expected float32, bfloat16 or float16";
                });
   allocator_ = &context.allocator();
-  WeightLoader loader(stored_, *allocator_, buffers_);
+  WeightLoader loader(checkpoint_.tensors, *allocator_, buffers_);
   constexpr int64_t kNoLayer = WeightLoader::kNoLayer;
-  const int64_t d_model = config_.d_model;
-  embedding_ = loader.matrix("embedding", kNoLayer, config_.padded_vocab_size, d_model);
+  const int64_t d_model = config().d_model;
+  embedding_ = loader.matrix("embedding", kNoLayer, config().padded_vocab_size, d_model);
   norm_f_ = loader.parameter("norm_f", kNoLayer, {d_model});
-  if (config_.tie_embeddings) {
+  if (config().tie_embeddings) {
     head_ = embedding_;
     loader.ignore("lm_head");
   } else {
-    head_ = loader.matrix("lm_head", kNoLayer, config_.padded_vocab_size, d_model);
+    head_ = loader.matrix("lm_head", kNoLayer, config().padded_vocab_size, d_model);
   }
-  head_ = head_.slice(0, 0, config_.vocab_size);
-  for (int64_t i = 0; i < static_cast<int64_t>(config_.layers.size()); ++i) {
+  head_ = head_.slice(0, 0, config().vocab_size);
+  for (int64_t i = 0; i < static_cast<int64_t>(config().layers.size()); ++i) {
     Layer layer;
     layer.norm = loader.parameter("norm", i, {d_model});
-    layer.mixer = make_mixer(config_, i, dtype_, loader);
+    layer.mixer = make_mixer(config(), i, dtype_, loader);
     layers_.push_back(std::move(layer));
   }
   loader.finish();
@@ -161,13 +161,14 @@ ModelState LanguageModel::new_state(int64_t num_slots) const {
 
 size_t LanguageModel::workspace_size(int64_t batch, int64_t seqlen, const Context& context) const {
   const Device device = context.device();
-  const int64_t d_model = config_.d_model;
+  const int64_t d_model = config().d_model;
   const auto for_length = [&](int64_t length) {
     Scratch scratch = Scratch::nowhere();
     const Activations at(batch, length, d_model, dtype_, device, scratch);
     const TensorView hidden = at.hidden.select(0, 0), residual = at.residual.select(0, 0);
     size_t largest = rms_norm_fwd_workspace_size(
-        add_and_norm(hidden, residual, norm_f_, config_.norm_eps, at.normed.select(0, 0)), context);
+        add_and_norm(hidden, residual, norm_f_, config().norm_eps, at.normed.select(0, 0)),
+        context);
     for (const Layer& layer : layers_) {
       // A state of the right shape, of which only the shape matters.
       Scratch nowhere = Scratch::nowhere();
@@ -179,7 +180,7 @@ size_t LanguageModel::workspace_size(int64_t batch, int64_t seqlen, const Contex
     }
     for (const int64_t rows : {batch, length, batch * length}) {
       TensorView x = at.normed.select(0, 0),
-                 logits(hidden.data, DType::float32, {rows, config_.vocab_size}, device);
+                 logits(hidden.data, DType::float32, {rows, config().vocab_size}, device);
       x.shape[0] = rows;
       largest = std::max(largest, linear_workspace_size({x, head_, {}, logits}, context));
     }
@@ -197,9 +198,9 @@ void LanguageModel::forward(const LanguageModelFwdArgs& args, const Exec& exec) 
   const int64_t batch = args.token_ids.shape[0], seqlen = args.token_ids.shape[1];
   check.input(args.token_ids, "token_ids", {{"batch", batch}, {"seqlen", seqlen}},
               {DType::int32, DType::int64});
-  check.token_ids(args.token_ids, config_.vocab_size);
+  check.token_ids(args.token_ids, config().vocab_size);
   const bool all_logits = args.logits.rank == 3;
-  const Dim vocab_size{"vocab_size", config_.vocab_size};
+  const Dim vocab_size{"vocab_size", config().vocab_size};
   if (all_logits)
     check.output(args.logits, "logits", {{"batch", batch}, {"seqlen", seqlen}, vocab_size},
                  {DType::float32});
@@ -235,7 +236,7 @@ void LanguageModel::forward_chunk(const LanguageModelFwdArgs& args, int64_t begi
                                   const TensorView& logits, const Exec& exec) const {
   const int64_t batch = args.token_ids.shape[0];
   Scratch scratch(exec.workspace);
-  const Activations at(batch, length, config_.d_model, dtype_, exec.context.device(), scratch);
+  const Activations at(batch, length, config().d_model, dtype_, exec.context.device(), scratch);
   const Exec rest = scratch.rest(exec);
   const auto flat = [](const TensorView& tensor) { return row_views(tensor).front(); };
 
@@ -248,9 +249,9 @@ void LanguageModel::forward_chunk(const LanguageModelFwdArgs& args, int64_t begi
 
   TensorView hidden;  // of the layer before
   for (size_t i = 0; i < layers_.size(); ++i) {
-    rms_norm_fwd(
-        add_and_norm(hidden, flat(at.residual), layers_[i].norm, config_.norm_eps, flat(at.normed)),
-        rest);
+    rms_norm_fwd(add_and_norm(hidden, flat(at.residual), layers_[i].norm, config().norm_eps,
+                              flat(at.normed)),
+                 rest);
     layers_[i].mixer->forward(
         {at.normed, at.hidden, args.state->tensors_[i].data(), args.state_indices}, rest);
     hidden = flat(at.hidden);
@@ -263,7 +264,7 @@ void LanguageModel::forward_chunk(const LanguageModelFwdArgs& args, int64_t begi
   };
   const TensorView normed = tail(at.normed);
   rms_norm_fwd(add_and_norm(flat(tail(at.hidden)), flat(tail(at.residual)), norm_f_,
-                            config_.norm_eps, flat(normed)),
+                            config().norm_eps, flat(normed)),
                rest);
   // The activations are contiguous; a chunk of the logits may not be.
   const std::vector<TensorView> out = row_views(logits);

@@ -70,7 +70,7 @@ void forward(const LanguageModel& model, py::handle token_ids, py::handle logits
     throw Error(ErrorCode::invalid_argument, "language_model: token_ids has shape " +
                                                  ids.view.shape_string() +
                                                  ", expected (batch, seqlen)");
-  const LanguageModelFwdArgs args{ids.view, &state, indices.view, out.view};
+  const LanguageModelFwdArgs args{ids.view, {}, &state, indices.view, out.view};
   const Context& context = cpu_context();
   const py::gil_scoped_release release;
   // Sizes of 0 are left to forward() to refuse.
