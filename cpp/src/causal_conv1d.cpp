@@ -86,7 +86,9 @@ size_t workspace_size(const CausalConv1dFwdArgs& args, const Context& context, c
   return kernel_table(context).causal_conv1d_fwd.workspace_size(params, context);
 }
 
-TensorView as_sequence(const TensorView& view) { return view.rank == 2 ? view.unsqueeze(2) : view; }
+TensorView as_sequence(const TensorView& view) {
+  return view.rank == 2 ? view.unsqueeze(2) : view;
+}
 
 CausalConv1dFwdArgs as_sequence(const CausalConv1dUpdateArgs& args, const Context& context) {
   const Checks check(kUpdate.op, context.device());

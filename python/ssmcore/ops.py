@@ -5,8 +5,8 @@ may have any non-negative strides. Shapes use the field's names: B batch, L sequ
 channels, N state size, G groups, W convolution width. Activations are float32, bfloat16 (NumPy:
 ml_dtypes) or float16, one type in a call; A, D, biases of delta, and the scan's states are float32.
 
-Every function raises `ssmcore.InvalidArgumentError`, naming the argument, what was expected and what
-came, for a shape, dtype, device or value that does not fit.
+Every function raises `ssmcore.InvalidArgumentError`, naming the argument, what was expected and
+what came, for a shape, dtype, device or value that does not fit.
 """
 
 from __future__ import annotations
