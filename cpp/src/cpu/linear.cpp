@@ -8,7 +8,7 @@
 #include "../linear_params.h"
 #include "../scratch.h"
 #include "../thread_pool.h"
-#include "row.h"
+#include "product.h"
 
 namespace ssmcore::cpu::SSMCORE_CPU_NAMESPACE {
 namespace {
@@ -31,44 +31,9 @@ constexpr int64_t kFewRowsPanel = 24;
 // the next one nearly doubles the rate at which bfloat16 weights stream from memory.
 constexpr int64_t kPrefetchedGroups = 2;
 
-// How weights of each dtype are read: kVecs vectors at a time, from x's elements in the order in
-// which `arrange` puts them.
-template <typename W>
-struct WeightReader {
-  static constexpr int kVecs = 1;
-  static SSMCORE_INLINE void read(const W* from, Vec* vecs) { vecs[0] = load(from); }
-  static void arrange(float*, int64_t) {}
-};
-
-// Two bfloat16 are the halves of one 32-bit lane: shifting and masking turn them into floats more
-// cheaply than widening does. x is then read as even, then odd elements.
-template <>
-struct WeightReader<bfloat16> {
-  static constexpr int kVecs = 2;
-  static SSMCORE_INLINE void read(const bfloat16* from, Vec* vecs) {
-    UintVec pairs;
-    std::memcpy(&pairs, from, sizeof(pairs));
-    vecs[0] = bit_cast<Vec>(pairs << 16);
-    vecs[1] = bit_cast<Vec>(pairs & 0xffff0000u);
-  }
-  static void arrange(float* x, int64_t padded) {
-    float even_odd[2 * kLanes];
-    for (int64_t i = 0; i < padded; i += 2 * kLanes) {
-      for (int lane = 0; lane < kLanes; ++lane) {
-        even_odd[lane] = x[i + 2 * lane];
-        even_odd[kLanes + lane] = x[i + 2 * lane + 1];
-      }
-      std::memcpy(x + i, even_odd, sizeof(even_odd));
-    }
-  }
-};
-
-template <typename W>
-constexpr int64_t kStep = WeightReader<W>::kVecs * kLanes;
-
-template <typename W>
+template <typename Product>
 int64_t padded(int64_t n) {
-  return (n + kStep<W> - 1) / kStep<W> * kStep<W>;
+  return (n + Product::kStep - 1) / Product::kStep * Product::kStep;
 }
 
 // Some rows of the weight, and how far ahead of its use to fetch it.
@@ -83,31 +48,35 @@ struct Panel {
 
 // kRows x kOutputs dot products, of rows of x and outputs from `begin` on, into out (kRows,
 // kPanel).
-template <int kRows, int kOutputs, typename W>
-SSMCORE_INLINE void dot_products(const Panel<W>& panel, int64_t begin, const float* x, float* out) {
-  using Reader = WeightReader<W>;
-  const int64_t x_row_stride = padded<W>(panel.k);
+template <typename Product, int kRows, int kOutputs>
+SSMCORE_INLINE void dot_products(const Panel<typename Product::W>& panel, int64_t begin,
+                                 const typename Product::X* x, float* out) {
+  using W = typename Product::W;
+  using X = typename Product::X;
+  constexpr int kRegisters = Product::kRegisters;
+  const int64_t x_row_stride = padded<Product>(panel.k);
   Vec sum[kRows][kOutputs] = {};
-  const auto accumulate = [&](const W* weights, int64_t stride, const float* xs) {
-    Vec w[kOutputs][Reader::kVecs];
+  const auto accumulate = [&](const W* weights, int64_t stride, const X* xs) {
+    typename Product::Register w[kOutputs][kRegisters];
     for (int o = 0; o < kOutputs; ++o) {
-      Reader::read(weights + o * stride, w[o]);
+      Product::read(weights + o * stride, w[o]);
       __builtin_prefetch(weights + o * stride + panel.prefetch_distance);
     }
-    for (int v = 0; v < Reader::kVecs; ++v)
+    for (int v = 0; v < kRegisters; ++v)
       for (int r = 0; r < kRows; ++r) {
-        const Vec x_r = in_register(load(xs + r * x_row_stride + v * kLanes));
-        for (int o = 0; o < kOutputs; ++o) sum[r][o] += w[o][v] * x_r;
+        const auto x_r = Product::read_x(xs + r * x_row_stride + v * kLanes);
+        for (int o = 0; o < kOutputs; ++o) sum[r][o] = Product::add(sum[r][o], w[o][v], x_r);
       }
   };
   const W* weight = panel.row(begin);
   int64_t i = 0;
-  for (; i + kStep<W> <= panel.k; i += kStep<W>) accumulate(weight + i, panel.row_stride, x + i);
+  for (; i + Product::kStep <= panel.k; i += Product::kStep)
+    accumulate(weight + i, panel.row_stride, x + i);
   if (i < panel.k) {
-    W rest[kOutputs][kStep<W>] = {};
+    W rest[kOutputs][Product::kStep] = {};
     for (int o = 0; o < kOutputs; ++o)
       std::memcpy(rest[o], weight + o * panel.row_stride + i, sizeof(W) * (panel.k - i));
-    accumulate(rest[0], kStep<W>, x + i);
+    accumulate(rest[0], Product::kStep, x + i);
   }
 
   const Vec* sums = &sum[0][0];
@@ -120,19 +89,21 @@ SSMCORE_INLINE void dot_products(const Panel<W>& panel, int64_t begin, const flo
   }
 }
 
-template <int kRows, typename W>
-void multiply_rows(const Panel<W>& panel, const float* x, float* out) {
+template <typename Product, int kRows>
+void multiply_rows(const Panel<typename Product::W>& panel, const typename Product::X* x,
+                   float* out) {
   int64_t o = 0;
   for (; o + kMaxOutputs <= panel.outputs; o += kMaxOutputs)
-    dot_products<kRows, kMaxOutputs>(panel, o, x, out);
-  for (; o < panel.outputs; ++o) dot_products<kRows, 1>(panel, o, x, out);
+    dot_products<Product, kRows, kMaxOutputs>(panel, o, x, out);
+  for (; o < panel.outputs; ++o) dot_products<Product, kRows, 1>(panel, o, x, out);
 }
 
 // `rows` rows, at most kMaxRows, by the panel's outputs into out (rows, kPanel).
-template <typename W, int kRows = kMaxRows>
-void multiply(int64_t rows, const Panel<W>& panel, const float* x, float* out) {
-  if (rows == kRows) return multiply_rows<kRows>(panel, x, out);
-  if constexpr (kRows > 1) multiply<W, kRows - 1>(rows, panel, x, out);
+template <typename Product, int kRows = kMaxRows>
+void multiply(int64_t rows, const Panel<typename Product::W>& panel, const typename Product::X* x,
+              float* out) {
+  if (rows == kRows) return multiply_rows<Product, kRows>(panel, x, out);
+  if constexpr (kRows > 1) multiply<Product, kRows - 1>(rows, panel, x, out);
 }
 
 // Adds the bias to the outputs [begin, begin + count) of one row, and stores them.
@@ -149,20 +120,21 @@ void finish_row(const LinearParams& p, float* values, int64_t row, int64_t begin
   store_row(values, count, to, p.out_dtype, p.out.stride[1]);
 }
 
-template <typename W>
+template <typename Product>
 void linear_with(const LinearParams& p, const Exec& exec) {
-  float* x = static_cast<float*>(exec.workspace);
-  const int64_t x_row_stride = padded<W>(p.in_features);
+  using W = typename Product::W;
+  auto* x = static_cast<typename Product::X*>(exec.workspace);
+  const int64_t x_row_stride = padded<Product>(p.in_features);
   const auto stage_row = [&](int64_t row, int) {
-    float* staged = x + row * x_row_stride;
-    load_row(row_of(p.x, p.dtype, row), p.dtype, p.x.stride[1], p.in_features, staged);
-    std::memset(staged + p.in_features, 0, sizeof(float) * (x_row_stride - p.in_features));
-    WeightReader<W>::arrange(staged, x_row_stride);
+    auto* staged = x + row * x_row_stride;
+    std::memset(staged, 0, sizeof(*staged) * x_row_stride);
+    Product::stage(row_of(p.x, p.dtype, row), p.dtype, p.x.stride[1], p.in_features, staged);
   };
   ThreadPool& pool = exec.context.thread_pool();
   const int threads = exec.context.num_threads();
   const bool few_rows = p.rows <= kMaxRows;
   pool.parallel_for(p.rows, few_rows ? 1 : threads, stage_row);
+
   const int64_t panel_outputs = few_rows ? kFewRowsPanel : kPanel;
   const int64_t prefetch_distance =
       few_rows ? kPrefetchedGroups * kMaxOutputs * p.weight_row_stride : 0;
@@ -178,7 +150,7 @@ void linear_with(const LinearParams& p, const Exec& exec) {
     float out[kMaxRows * kPanel];
     for (int64_t row = first_row; row < end_row; row += kMaxRows) {
       const int64_t rows = min(kMaxRows, end_row - row);
-      multiply(rows, panel, x + row * x_row_stride, out);
+      multiply<Product>(rows, panel, x + row * x_row_stride, out);
       for (int64_t r = 0; r < rows; ++r) finish_row(p, out + r * kPanel, row + r, begin, count);
     }
   });
@@ -187,12 +159,18 @@ void linear_with(const LinearParams& p, const Exec& exec) {
 }  // namespace
 
 size_t linear_workspace_size(const LinearParams& p, const Context&) {
-  return sizeof(float) * static_cast<size_t>(p.rows) * padded<bfloat16>(p.in_features);
+  return sizeof(float) *
+         static_cast<size_t>(p.rows * padded<FloatProduct<bfloat16>>(p.in_features));
 }
 
 void linear(const LinearParams& p, const Exec& exec) {
-  with_type(p.weight_dtype,
-            [&](auto* type) { linear_with<std::remove_pointer_t<decltype(type)>>(p, exec); });
+#if defined(__AVX512BF16__)
+  if (p.dtype == DType::bfloat16 && p.weight_dtype == DType::bfloat16)
+    return linear_with<Bfloat16Product>(p, exec);
+#endif
+  with_type(p.weight_dtype, [&](auto* type) {
+    linear_with<FloatProduct<std::remove_pointer_t<decltype(type)>>>(p, exec);
+  });
 }
 
 }  // namespace ssmcore::cpu::SSMCORE_CPU_NAMESPACE
