@@ -26,6 +26,15 @@ CausalConv1dFwdParams lower(const CausalConv1dFwdArgs& args, const Context& cont
   check.input(args.weight, "weight", {dim, width}, {dtype, DType::float32});
   check.range("weight: width", width.size, kMinConvWidth, kMaxConvWidth);
   check.optional(args.bias, "bias", {dim}, {dtype, DType::float32});
+  const bool packed = static_cast<bool>(args.cu_seqlens);
+  const Dim rows{packed ? "sequences" : "batch",
+                 packed ? check.cu_seqlens(args.cu_seqlens, batch.size, seqlen.size) : batch.size};
+  check.optional(args.seq_idx, "seq_idx", {batch, seqlen}, {DType::int32});
+  check.require(!args.seq_idx || !(packed || args.initial_state || args.final_state), [&] {
+    return std::string("seq_idx excludes ") + (packed               ? "cu_seqlens"
+                                               : args.initial_state ? names.initial_state
+                                                                    : names.final_state);
+  });
   check.output(args.out, "out", {batch, dim, seqlen}, {dtype});
 
   CausalConv1dFwdParams params{};
@@ -33,7 +42,7 @@ CausalConv1dFwdParams lower(const CausalConv1dFwdArgs& args, const Context& cont
   if (any_state) {
     const char* name = args.initial_state ? names.initial_state : names.final_state;
     check.rank(any_state, name, 3, "(slots, dim, state_len)");
-    const Dim slots{"slots", args.state_indices ? any_state.shape[0] : batch.size},
+    const Dim slots{"slots", args.state_indices ? any_state.shape[0] : rows.size},
         state_len{"state_len", any_state.shape[2]};
     check.require(state_len.size >= width.size - 1, [&] {
       return std::string(name) + " has state_len " + std::to_string(state_len.size) +
@@ -42,14 +51,14 @@ CausalConv1dFwdParams lower(const CausalConv1dFwdArgs& args, const Context& cont
     check.optional(args.initial_state, names.initial_state, {slots, dim, state_len}, {dtype});
     if (args.final_state)
       check.output(args.final_state, names.final_state, {slots, dim, state_len}, {dtype});
-    check.state_indices(args.state_indices, batch.size, slots.size);
+    check.state_indices(args.state_indices, rows.size, slots.size);
     params.state_len = state_len.size;
   }
 
   params.dtype = dtype;
   params.weight_dtype = args.weight.dtype;
   params.bias_dtype = args.bias.dtype;
-  params.batch = batch.size;
+  params.rows = rows.size;
   params.dim = dim.size;
   params.seqlen = seqlen.size;
   params.width = width.size;
@@ -61,32 +70,28 @@ CausalConv1dFwdParams lower(const CausalConv1dFwdArgs& args, const Context& cont
   params.initial_state = Strided<3>(args.initial_state);
   params.final_state = Strided<3>(args.final_state);
   params.state_indices = Strided<1>(args.state_indices);
+  params.cu_seqlens = Strided<1>(args.cu_seqlens);
+  params.seq_idx = Strided<2>(args.seq_idx);
   return params;
 }
 
 // Only when it runs: the memory of arguments that ask for a size may be made up.
 void check_overlap(const CausalConv1dFwdArgs& args, const Context& context, const Names& names) {
   const Checks check(names.op, context.device());
-  check.disjoint(args.out, "out", args.x, "x");
   check.disjoint(args.out, "out", args.initial_state, names.initial_state);
   check.disjoint(args.out, "out", args.final_state, names.final_state);
-  check.disjoint(args.final_state, names.final_state, args.x, "x");
+  for (const auto& [input, name] :
+       {std::pair{&args.x, "x"}, {&args.weight, "weight"}, {&args.bias, "bias"}}) {
+    check.disjoint(args.out, "out", *input, name);
+    check.disjoint(args.final_state, names.final_state, *input, name);
+  }
   check.same_or_disjoint(args.final_state, names.final_state, args.initial_state,
                          names.initial_state);
 }
 
-void run(const CausalConv1dFwdArgs& args, const Exec& exec, const Names& names) {
-  const auto params = lower(args, exec.context, names);
-  check_overlap(args, exec.context, names);
-  launch(names.op, kernel_table(exec.context).causal_conv1d_fwd, params, exec);
+TensorView as_sequence(const TensorView& view) {
+  return view.rank == 2 ? view.unsqueeze(2) : view;
 }
-
-size_t workspace_size(const CausalConv1dFwdArgs& args, const Context& context, const Names& names) {
-  const auto params = lower(args, context, names);
-  return kernel_table(context).causal_conv1d_fwd.workspace_size(params, context);
-}
-
-TensorView as_sequence(const TensorView& view) { return view.rank == 2 ? view.unsqueeze(2) : view; }
 
 CausalConv1dFwdArgs as_sequence(const CausalConv1dUpdateArgs& args, const Context& context) {
   const Checks check(kUpdate.op, context.device());
@@ -111,23 +116,42 @@ CausalConv1dFwdArgs as_sequence(const CausalConv1dUpdateArgs& args, const Contex
   return sequence;
 }
 
+CausalConv1dFwdParams lower(const CausalConv1dUpdateArgs& args, const Context& context) {
+  CausalConv1dFwdParams params = lower(as_sequence(args, context), context, kUpdate);
+  const Checks check(kUpdate.op, context.device());
+  check.optional(args.cache_seqlens, "cache_seqlens", {{"batch", params.rows}}, {DType::int32});
+  params.cache_seqlens = Strided<1>(args.cache_seqlens);
+  if (args.cache_seqlens && context.device().type == DeviceType::cpu)
+    for (int64_t b = 0; b < params.rows; ++b)
+      check.range(
+          "an entry of cache_seqlens",
+          integer_at(args.cache_seqlens.data, DType::int32, b * args.cache_seqlens.strides[0]), 0,
+          INT32_MAX);
+  return params;
+}
+
 }  // namespace
 
 size_t causal_conv1d_fwd_workspace_size(const CausalConv1dFwdArgs& args, const Context& context) {
-  return workspace_size(args, context, kSequence);
+  return kernel_table(context).causal_conv1d_fwd.workspace_size(lower(args, context, kSequence),
+                                                                context);
 }
 
 void causal_conv1d_fwd(const CausalConv1dFwdArgs& args, const Exec& exec) {
-  run(args, exec, kSequence);
+  const auto params = lower(args, exec.context, kSequence);
+  check_overlap(args, exec.context, kSequence);
+  launch(kSequence.op, kernel_table(exec.context).causal_conv1d_fwd, params, exec);
 }
 
 size_t causal_conv1d_update_workspace_size(const CausalConv1dUpdateArgs& args,
                                            const Context& context) {
-  return workspace_size(as_sequence(args, context), context, kUpdate);
+  return kernel_table(context).causal_conv1d_fwd.workspace_size(lower(args, context), context);
 }
 
 void causal_conv1d_update(const CausalConv1dUpdateArgs& args, const Exec& exec) {
-  run(as_sequence(args, exec.context), exec, kUpdate);
+  const auto params = lower(args, exec.context);
+  check_overlap(as_sequence(args, exec.context), exec.context, kUpdate);
+  launch(kUpdate.op, kernel_table(exec.context).causal_conv1d_fwd, params, exec);
 }
 
 }  // namespace ssmcore

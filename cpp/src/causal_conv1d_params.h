@@ -8,14 +8,18 @@ namespace ssmcore {
 
 struct CausalConv1dFwdParams {
   DType dtype, weight_dtype, bias_dtype;
-  int64_t batch, dim, seqlen, width, state_len;
+  int64_t rows;  // sequences, packed or not
+  int64_t dim, seqlen, width, state_len;
   Activation activation;
 
   Strided<3> x, out;                      // (batch, dim, seqlen)
   Strided<2> weight;                      // (dim, width)
   Strided<1> bias;                        // (dim)
   Strided<3> initial_state, final_state;  // (slots, dim, state_len)
-  Strided<1> state_indices;               // (batch)
+  Strided<1> state_indices;               // (rows)
+  Strided<1> cu_seqlens;                  // (rows + 1)
+  Strided<2> seq_idx;                     // (batch, seqlen)
+  Strided<1> cache_seqlens;               // (rows): the states are circular
 };
 
 }  // namespace ssmcore

@@ -9,12 +9,11 @@
 namespace ssmcore {
 namespace {
 
-std::string expected_shape(std::initializer_list<Dim> shape) {
+std::string expected_shape(const Shape& shape) {
   std::string text = "(";
-  for (const Dim& dim : shape) {
-    if (text.size() > 1) text += ", ";
-    text += std::string(dim.name) + " " + std::to_string(dim.size);
-  }
+  for (int i = 0; i < shape.rank; ++i)
+    text += (i > 0 ? ", " : "") + std::string(shape.dims[i].name) + " " +
+            std::to_string(shape.dims[i].size);
   return text + ")";
 }
 
@@ -73,15 +72,15 @@ void Checks::rank(const TensorView& tensor, const char* name, int rank, const ch
     });
 }
 
-void Checks::input(const TensorView& tensor, const char* name, std::initializer_list<Dim> shape,
+void Checks::input(const TensorView& tensor, const char* name, const Shape& shape,
                    std::initializer_list<DType> dtypes) const {
   require(static_cast<bool>(tensor), [&] { return std::string(name) + " is missing"; });
-  require(tensor.rank == static_cast<int>(shape.size()), [&] {
+  require(tensor.rank == shape.rank, [&] {
     return std::string(name) + " has shape " + tensor.shape_string() + ", expected " +
            expected_shape(shape);
   });
-  int i = 0;
-  for (const Dim& dim : shape) {
+  for (int i = 0; i < shape.rank; ++i) {
+    const Dim& dim = shape.dims[i];
     require(tensor.shape[i] == dim.size, [&] {
       return std::string(name) + " has " + dim.name + " " + std::to_string(tensor.shape[i]) +
              ", expected " + std::to_string(dim.size) + " (shape " + tensor.shape_string() +
@@ -91,7 +90,6 @@ void Checks::input(const TensorView& tensor, const char* name, std::initializer_
       return std::string(name) + " has a negative stride in " + dim.name +
              "; strides must not be negative";
     });
-    ++i;
   }
   require(std::find(dtypes.begin(), dtypes.end(), tensor.dtype) != dtypes.end(), [&] {
     std::string expected;
@@ -110,12 +108,12 @@ void Checks::input(const TensorView& tensor, const char* name, std::initializer_
   });
 }
 
-void Checks::optional(const TensorView& tensor, const char* name, std::initializer_list<Dim> shape,
+void Checks::optional(const TensorView& tensor, const char* name, const Shape& shape,
                       std::initializer_list<DType> dtypes) const {
   if (tensor) input(tensor, name, shape, dtypes);
 }
 
-void Checks::output(const TensorView& tensor, const char* name, std::initializer_list<Dim> shape,
+void Checks::output(const TensorView& tensor, const char* name, const Shape& shape,
                     std::initializer_list<DType> dtypes) const {
   input(tensor, name, shape, dtypes);
   require(elements_are_distinct(tensor),
@@ -160,6 +158,32 @@ void Checks::state_indices(const TensorView& indices, int64_t batch, int64_t slo
   }
 }
 
+int64_t Checks::cu_seqlens(const TensorView& cu_seqlens, int64_t batch, int64_t seqlen) const {
+  rank(cu_seqlens, "cu_seqlens", 1, "(sequences + 1)");
+  const int64_t sequences = cu_seqlens.shape[0] - 1;
+  input(cu_seqlens, "cu_seqlens", {{"sequences + 1", sequences + 1}}, {DType::int32});
+  require(sequences > 0, [] { return std::string("cu_seqlens has 1 entry, expected at least 2"); });
+  require(batch == 1, [&] {
+    return "cu_seqlens packs sequences into a batch of 1, got batch " + std::to_string(batch);
+  });
+  if (device_.type != DeviceType::cpu) return sequences;
+  int64_t before = 0;
+  for (int64_t s = 0; s <= sequences; ++s) {
+    const int64_t at = cu_seqlens.as<const int32_t>()[s * cu_seqlens.strides[0]];
+    const bool fits = s == 0           ? at == 0
+                      : s == sequences ? at == seqlen && at >= before
+                                       : at >= before;
+    require(fits, [&] {
+      return "cu_seqlens[" + std::to_string(s) + "] is " + std::to_string(at) +
+             (s == 0        ? ", expected 0"
+              : at < before ? ", less than the entry before, " + std::to_string(before)
+                            : ", expected the sequence length, " + std::to_string(seqlen));
+    });
+    before = at;
+  }
+  return sequences;
+}
+
 void Checks::token_ids(const TensorView& ids, int64_t vocab_size) const {
   if (device_.type != DeviceType::cpu) return;
   if (ids.rank > 1) {
@@ -173,6 +197,13 @@ void Checks::token_ids(const TensorView& ids, int64_t vocab_size) const {
              ", expected 0 to " + std::to_string(vocab_size - 1);
     });
   }
+}
+
+void Checks::divides(const char* name, const Dim& ngroups, const Dim& channels) const {
+  require(ngroups.size > 0 && channels.size % ngroups.size == 0, [&] {
+    return std::string(name) + " has ngroups " + std::to_string(ngroups.size) +
+           ", which does not divide " + channels.name + " " + std::to_string(channels.size);
+  });
 }
 
 void Checks::range(const char* name, int64_t value, int64_t least, int64_t most) const {

@@ -15,6 +15,20 @@ struct Dim {
   int64_t size;
 };
 
+// An expected shape. Shapes are joined by +, as in Shape{batch} + channels + Shape{dstate}.
+struct Shape {
+  Dim dims[kMaxRank] = {};
+  int rank = 0;
+
+  Shape(std::initializer_list<Dim> list) {
+    for (const Dim& dim : list) dims[rank++] = dim;
+  }
+  friend Shape operator+(Shape a, const Shape& b) {
+    for (int i = 0; i < b.rank; ++i) a.dims[a.rank++] = b.dims[i];
+    return a;
+  }
+};
+
 // Checks the tensors of one call. Every failure throws Error(invalid_argument) that begins with
 // the operator's name and names the argument.
 class Checks {
@@ -25,13 +39,13 @@ class Checks {
   void rank(const TensorView& tensor, const char* name, int rank, const char* dims) const;
 
   // A required tensor of exactly this shape and one of these dtypes, on the call's device.
-  void input(const TensorView& tensor, const char* name, std::initializer_list<Dim> shape,
+  void input(const TensorView& tensor, const char* name, const Shape& shape,
              std::initializer_list<DType> dtypes) const;
   // The same, or absent.
-  void optional(const TensorView& tensor, const char* name, std::initializer_list<Dim> shape,
+  void optional(const TensorView& tensor, const char* name, const Shape& shape,
                 std::initializer_list<DType> dtypes) const;
   // A required tensor that will be written: also refuses elements that share memory.
-  void output(const TensorView& tensor, const char* name, std::initializer_list<Dim> shape,
+  void output(const TensorView& tensor, const char* name, const Shape& shape,
               std::initializer_list<DType> dtypes) const;
   // Refuses an output that is certain to overlap another argument.
   void disjoint(const TensorView& output, const char* name, const TensorView& other,
@@ -44,8 +58,15 @@ class Checks {
   // state_indices: (batch) int32; on the CPU also that each is below `slots` and none repeats.
   void state_indices(const TensorView& indices, int64_t batch, int64_t slots) const;
 
+  // cu_seqlens: (sequences + 1) int32; on the CPU also that it ascends from 0 to `seqlen`. Returns
+  // the number of sequences.
+  int64_t cu_seqlens(const TensorView& cu_seqlens, int64_t batch, int64_t seqlen) const;
+
   // Token ids, int32 or int64: on the CPU, each in [0, vocab_size).
   void token_ids(const TensorView& ids, int64_t vocab_size) const;
+
+  // B or C's number of groups divides that of channels or heads.
+  void divides(const char* name, const Dim& ngroups, const Dim& channels) const;
 
   // A number in [least, most].
   void range(const char* name, int64_t value, int64_t least, int64_t most) const;
@@ -68,5 +89,9 @@ class Checks {
 // The dtypes an activation, and a weight, may have.
 inline constexpr std::initializer_list<DType> kActivationTypes = {DType::float32, DType::bfloat16,
                                                                   DType::float16};
+
+// The dtypes of the scan, which is also computed in float64 for checking.
+inline constexpr std::initializer_list<DType> kScanTypes = {DType::float32, DType::bfloat16,
+                                                            DType::float16, DType::float64};
 
 }  // namespace ssmcore

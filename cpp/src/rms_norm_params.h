@@ -6,12 +6,13 @@
 namespace ssmcore {
 
 struct RmsNormFwdParams {
-  DType dtype, weight_dtype, residual_dtype, residual_out_dtype, out_dtype;
-  int64_t rows, dim;
+  DType dtype, weight_dtype, residual_dtype, residual_out_dtype, z_dtype, out_dtype;
+  int64_t rows, dim, group_size;
+  bool norm_before_gate;
   float eps;
 
-  Strided<2> x, residual, residual_out, out;  // (rows, dim)
-  Strided<1> weight;                          // (dim)
+  Strided<2> x, residual, residual_out, z, out;  // (rows, dim)
+  Strided<1> weight;                             // (dim)
 };
 
 }  // namespace ssmcore

@@ -118,4 +118,12 @@ TensorView TensorView::unsqueeze(int dim) const {
   return view;
 }
 
+TensorView TensorView::split(int dim, int64_t outer) const {
+  TensorView view = unsqueeze(dim);
+  view.shape[dim] = outer;
+  view.shape[dim + 1] = shape[dim] / outer;
+  view.strides[dim] = view.shape[dim + 1] * strides[dim];
+  return view;
+}
+
 }  // namespace ssmcore

@@ -39,8 +39,12 @@ void py_selective_scan(const py::kwargs& arguments) {
   args.z = call.input("z");
   args.delta_bias = call.input("delta_bias");
   args.delta_softplus = call.value<bool>("delta_softplus");
+  args.cu_seqlens = call.input("cu_seqlens");
   args.initial_state = call.input("initial_state");
   args.last_state = call.output("last_state");
+  args.chunk_states = call.output("chunk_states");
+  args.chunk_size = call.value<int64_t>("chunk_size");
+  args.delta_sum = call.output("delta_sum");
   args.out = call.output("out");
   call.run(selective_scan_fwd_workspace_size, selective_scan_fwd, args);
 }
@@ -72,6 +76,8 @@ void py_causal_conv1d(const py::kwargs& arguments) {
   args.activation = parse_activation("causal_conv1d", arguments);
   args.initial_state = call.input("initial_state");
   args.final_state = call.output("final_state");
+  args.cu_seqlens = call.input("cu_seqlens");
+  args.seq_idx = call.input("seq_idx");
   args.out = call.output("out");
   call.run(causal_conv1d_fwd_workspace_size, causal_conv1d_fwd, args);
 }
@@ -84,6 +90,7 @@ void py_causal_conv1d_update(const py::kwargs& arguments) {
   args.weight = call.input("weight");
   args.bias = call.input("bias");
   args.activation = parse_activation("causal_conv1d_update", arguments);
+  args.cache_seqlens = call.input("cache_seqlens");
   args.state_indices = call.input("state_indices");
   args.out = call.output("out");
   call.run(causal_conv1d_update_workspace_size, causal_conv1d_update, args);
@@ -96,7 +103,10 @@ void py_rms_norm(const py::kwargs& arguments) {
   args.weight = call.input("weight");
   args.residual = call.input("residual");
   args.residual_out = call.output("residual_out");
+  args.z = call.input("z");
   args.out = call.output("out");
+  args.group_size = call.value<int64_t>("group_size");
+  args.norm_before_gate = call.value<bool>("norm_before_gate");
   args.eps = call.value<float>("eps");
   call.run(rms_norm_fwd_workspace_size, rms_norm_fwd, args);
 }

@@ -5,8 +5,11 @@ may have any non-negative strides. Shapes use the field's names: B batch, L sequ
 channels, N state size, G groups, W convolution width. Activations are float32, bfloat16 (NumPy:
 ml_dtypes) or float16, one type in a call; A, D, biases of delta, and the scan's states are float32.
 
-Every function raises `ssmcore.InvalidArgumentError`, naming the argument, what was expected and what
-came, for a shape, dtype, device or value that does not fit.
+Packed sequences lie one after another in a batch of 1, sequence s in the steps
+[cu_seqlens[s], cu_seqlens[s + 1]) of (S + 1,) int32 `cu_seqlens`; states are then (S, ...).
+
+Every function raises `ssmcore.InvalidArgumentError`, naming the argument, what was expected and
+what came, for a shape, dtype, device or value that does not fit.
 """
 
 from __future__ import annotations
@@ -62,35 +65,61 @@ def selective_scan(
     delta_softplus: bool = False,
     *,
     initial_state: Array | None = None,
+    cu_seqlens: Array | None = None,
     return_last_state: bool = True,
+    chunk_size: int | None = None,
+    return_delta_sum: bool = False,
 ) -> Any:
     """The selective scan (Gu & Dao, arXiv 2312.00752, algorithm 2).
 
     With Δ = softplus?(delta + delta_bias): h(t) = exp(Δ A) h(t-1) + Δ B(t) u(t),
-    y(t) = C(t) h(t) + D u(t), out = y SiLU(z).
+    y(t) = C(t) h(t) + D u(t), out = y SiLU(z). Complex A: y(t) = 2 Re(C(t) h(t)) + D u(t).
+
+    All arrays may also be float64, for checking.
 
     Args:
         u, delta: (B, D, L).
-        A: (D, N), float32.
-        B, C: (D, N) float32, constant in time; (B, N, L); or (B, G, N, L), G dividing D.
+        A: (D, N), float32 or complex64.
+        B, C: (D, N) of A's dtype, constant in time; (B, N, L); or (B, G, N, L), G dividing D. With
+            complex A the last axis is 2 L, real and imaginary parts side by side.
         D: (D,), float32.
         z: (B, D, L).
         delta_bias: (D,), float32.
         delta_softplus: apply softplus to delta + delta_bias.
-        initial_state: (B, D, N), float32; default zeros.
-        return_last_state: also return the state after the last step.
+        initial_state: (B, D, N), A's dtype; default zeros.
+        cu_seqlens: (S + 1,), int32: packed sequences.
+        return_last_state: also return the state after the last step, (B, D, N), A's dtype.
+        chunk_size: K: also return the state after every K steps and after the last,
+            (B, ⌈L / K⌉, D, N); packed: (1, Σ ⌈length / K⌉, D, N), in order.
+        return_delta_sum: also return the sum of Δ over each sequence, (B, D).
 
     Returns:
-        (out, last_state): (B, D, L) like u, and (B, D, N) float32; `out` alone if
-        `return_last_state` is False.
+        out, (B, D, L) like u, alone or in a tuple with what else is returned, in this order.
     """
     _require_rank(u, "selective_scan: u", 3, "(batch, dim, seqlen)")
     _require_rank(A, "selective_scan: A", 2, "(dim, dstate)")
     library = library_of(u)
+    (batch, dim, seqlen), dstate = u.shape, A.shape[1]
+    rows, lengths = batch, np.full(batch, seqlen)
+    if cu_seqlens is not None:
+        _require_rank(cu_seqlens, "selective_scan: cu_seqlens", 1, "(sequences + 1,)")
+        lengths = np.maximum(np.diff(np.asarray(cu_seqlens)), 0)
+        rows = len(lengths)
     out = library.empty(u.shape, dtype_name(u))
-    last_state = None
+    last_state = chunk_states = delta_sum = None
     if return_last_state:
-        last_state = library.empty((u.shape[0], u.shape[1], A.shape[1]), "float32")
+        last_state = library.empty((rows, dim, dstate), dtype_name(A))
+    if chunk_size is not None:
+        if chunk_size < 1:
+            raise InvalidArgumentError(
+                f"selective_scan: chunk_size is {chunk_size}, expected at least 1"
+            )
+        chunks = -(-lengths // chunk_size)
+        shape = (batch, int(chunks[0]) if cu_seqlens is None else int(chunks.sum()), dim, dstate)
+        chunk_states = library.empty(shape, dtype_name(A))
+    if return_delta_sum:
+        parameter = "float64" if dtype_name(u) == "float64" else "float32"
+        delta_sum = library.empty((rows, dim), parameter)
     _core.selective_scan(
         u=u,
         delta=delta,
@@ -102,10 +131,15 @@ def selective_scan(
         delta_bias=delta_bias,
         delta_softplus=delta_softplus,
         initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
         last_state=last_state,
+        chunk_states=chunk_states,
+        chunk_size=chunk_size or 0,
+        delta_sum=delta_sum,
         out=out,
     )
-    return (out, last_state) if return_last_state else out
+    extras = [extra for extra in (last_state, chunk_states, delta_sum) if extra is not None]
+    return (out, *extras) if extras else out
 
 
 def selective_state_update(
@@ -124,11 +158,14 @@ def selective_state_update(
 ) -> Array:
     """One step of the selective scan, updating `state` in place.
 
+    D may be two axes, H heads of P channels, in every array (Mamba-2, whose dt, A and dt_bias are
+    usually broadcast: strides of 0); G then divides H.
+
     Args:
-        state: (B, D, N), float32, written; (slots, D, N) with `state_indices`.
+        state: (B, D, N), A's dtype, written; (slots, D, N) with `state_indices`.
         x, dt: (B, D).
-        A: (D, N), float32.
-        B, C: (B, N) or (B, G, N).
+        A: (D, N), float32 or complex64.
+        B, C: (B, N) or (B, G, N), G dividing D; with complex A (..., N, 2).
         D: (D,), float32.
         z: (B, D).
         dt_bias: (D,), float32.
@@ -165,6 +202,8 @@ def causal_conv1d(
     activation: str | None = None,
     *,
     initial_state: Array | None = None,
+    cu_seqlens: Array | None = None,
+    seq_idx: Array | None = None,
     return_final_state: bool = False,
 ) -> Any:
     """The causal depthwise convolution: out(t) = act(bias + Σ_w weight[w] x(t - W + 1 + w)).
@@ -176,6 +215,9 @@ def causal_conv1d(
         activation: None, "silu" or "swish" (the same).
         initial_state: (B, D, S), S ≥ W - 1 (by default W - 1 zeros), x's dtype, oldest first: the
             inputs before x.
+        cu_seqlens: (S + 1,), int32: packed sequences.
+        seq_idx: (B, L), int32: a number for every step, which sees those before it of the same
+            number; a negative one gives 0. Excludes states and `cu_seqlens`.
         return_final_state: also return the last inputs, as `initial_state` takes them.
 
     Returns:
@@ -188,13 +230,19 @@ def causal_conv1d(
     final_state = None
     if return_final_state:
         state_len = weight.shape[1] - 1 if initial_state is None else initial_state.shape[-1]
-        final_state = library.empty((x.shape[0], x.shape[1], state_len), dtype_name(x))
+        rows = x.shape[0]
+        if cu_seqlens is not None:
+            _require_rank(cu_seqlens, "causal_conv1d: cu_seqlens", 1, "(sequences + 1,)")
+            rows = cu_seqlens.shape[0] - 1
+        final_state = library.empty((rows, x.shape[1], state_len), dtype_name(x))
     _core.causal_conv1d(
         x=x,
         weight=weight,
         bias=bias,
         activation=activation,
         initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+        seq_idx=seq_idx,
         final_state=final_state,
         out=out,
     )
@@ -208,6 +256,7 @@ def causal_conv1d_update(
     bias: Array | None = None,
     activation: str | None = None,
     *,
+    cache_seqlens: Array | None = None,
     state_indices: Array | None = None,
 ) -> Array:
     """The convolution for the next tokens of running sequences, updating `conv_state` in place.
@@ -219,6 +268,8 @@ def causal_conv1d_update(
         weight: (D, W), x's dtype or float32.
         bias: (D,), x's dtype or float32.
         activation: None, "silu" or "swish".
+        cache_seqlens: (B,), int32: tokens each row has seen. The state is then circular, input
+            number i at i modulo S, instead of shifted.
         state_indices: (B,), int32, as in `selective_state_update`.
 
     Returns:
@@ -232,19 +283,34 @@ def causal_conv1d_update(
         weight=weight,
         bias=bias,
         activation=activation,
+        cache_seqlens=cache_seqlens,
         state_indices=state_indices,
         out=out,
     )
     return out
 
 
-def rms_norm(x: Array, weight: Array, *, residual: Array | None = None, eps: float = 1e-5) -> Any:
-    """weight · r / sqrt(mean(r²) + eps) over the last axis, r = x + residual.
+def rms_norm(
+    x: Array,
+    weight: Array | None,
+    *,
+    residual: Array | None = None,
+    z: Array | None = None,
+    group_size: int | None = None,
+    norm_before_gate: bool = False,
+    eps: float = 1e-5,
+) -> Any:
+    """norm(r) = weight · r / sqrt(mean(r²) + eps) over the last axis, r = x + residual.
+
+    With a gate (Mamba-2): norm(r SiLU(z)), or norm(r) SiLU(z) if `norm_before_gate`.
 
     Args:
         x: (..., D).
-        weight: (D,), any activation type.
+        weight: (D,), any activation type; None: ones.
         residual: x's shape, any activation type.
+        z: x's shape, any activation type.
+        group_size: divides D: the mean is over each group of so many elements; default D.
+        norm_before_gate: gate after the norm.
         eps: added to the mean square.
 
     Returns:
@@ -253,21 +319,26 @@ def rms_norm(x: Array, weight: Array, *, residual: Array | None = None, eps: flo
     _require_array(x, "rms_norm: x")
     library = library_of(x)
     out = library.empty(x.shape, dtype_name(x))
+    for name, array in (("residual", residual), ("z", z)):
+        if array is None:
+            continue
+        _require_array(array, f"rms_norm: {name}")
+        if tuple(array.shape) != tuple(x.shape):
+            raise InvalidArgumentError(
+                f"rms_norm: {name} has shape {tuple(array.shape)}, expected x's {tuple(x.shape)}"
+            )
     residual_out = None
     if residual is not None:
-        _require_array(residual, "rms_norm: residual")
-        if tuple(residual.shape) != tuple(x.shape):
-            raise InvalidArgumentError(
-                f"rms_norm: residual has shape {tuple(residual.shape)}, "
-                f"expected x's {tuple(x.shape)}"
-            )
         residual_out = library.empty(x.shape, dtype_name(residual))
     _core.rms_norm(
         x=_rows(x),
         weight=weight,
         residual=None if residual is None else _rows(residual),
         residual_out=None if residual_out is None else _rows(residual_out),
+        z=None if z is None else _rows(z),
         out=_rows(out),
+        group_size=0 if group_size is None else group_size,
+        norm_before_gate=norm_before_gate,
         eps=eps,
     )
     return out if residual is None else (out, residual_out)

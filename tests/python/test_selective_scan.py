@@ -267,7 +267,7 @@ def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
     ("name", "bad", "words"),
     [
         ("u", zeros(24, 67), []),
-        ("u", zeros(2, 24, 67, dtype=np.float64), ["float64"]),
+        ("delta", zeros(2, 24, 67, dtype=np.float64), ["float64"]),
         ("u", zeros(2, 24, 67, dtype=np.int32), ["int32"]),
         ("u", zeros(2, 24, 0), []),
         ("delta", zeros(2, 24, 66), ["66", "67"]),

@@ -26,7 +26,7 @@ struct Workspace {
   Workspace(const CausalConv1dFwdParams& p, Scratch& scratch) {
     weight = scratch.floats(p.width * kLanes);
     bias = scratch.floats(kLanes);
-    state = scratch.floats(p.state_len * kLanes);
+    state = scratch.floats(max(1, p.state_len) * kLanes);
     x = scratch.floats((p.width - 1 + block_l(p)) * kLanes);
     out = scratch.floats(block_l(p) * kLanes);
   }
@@ -68,46 +68,108 @@ void copy_rows(float* to, const float* from, int64_t rows) {
   std::memmove(to, from, sizeof(float) * rows * kLanes);
 }
 
-// The state after the sequence: the last state_len of (state, x), shifted in the staged state.
-void update_state(const CausalConv1dFwdParams& p, const Workspace& w, const Plane& x,
-                  const Plane& final_state, int64_t d, int64_t channels) {
-  const int64_t added = min(p.state_len, p.seqlen), kept = p.state_len - added;
-  copy_rows(w.state, w.state + added * kLanes, kept);
-  load_tile(x, d, channels, p.seqlen - added, added, w.state + kept * kLanes);
-  store_tile(w.state, final_state, d, channels, 0, p.state_len);
-}
-
-// One row, one tile of channels.
-void convolve_tile(const CausalConv1dFwdParams& p, const Workspace& w, int64_t b, int64_t d,
-                   int64_t channels) {
-  const Plane x(p.x, p.dtype, b), out(p.out, p.dtype, b);
-  const int64_t slot = slot_of(p.state_indices, b);
-  const Plane initial_state = state_plane(p.initial_state, p.dtype, slot);
-  const Plane final_state = state_plane(p.final_state, p.dtype, slot);
-  const int64_t history = p.width - 1;
-
-  load_parameter(p.weight, p.weight_dtype, d, channels, p.width, w.weight);
-  load_parameter(p.bias, p.bias_dtype, d, channels, w.bias);
-  if (initial_state)
-    load_tile(initial_state, d, channels, 0, p.state_len, w.state);
-  else
-    std::memset(w.state, 0, sizeof(float) * p.state_len * kLanes);
-  if (initial_state)
-    copy_rows(w.x, w.state + (p.state_len - history) * kLanes, history);
-  else
-    std::memset(w.x, 0, sizeof(float) * history * kLanes);
-  if (final_state) update_state(p, w, x, final_state, d, channels);
-
-  for (int64_t t = 0; t < p.seqlen; t += kMaxBlockL) {
-    const int64_t steps = min(kMaxBlockL, p.seqlen - t);
-    load_tile(x, d, channels, t, steps, w.x + history * kLanes);
-    convolve(w, p.width, steps);
-    if (p.activation == Activation::silu)
-      for (int64_t i = 0; i < steps; ++i) store(w.out + i * kLanes, silu(load(w.out + i * kLanes)));
-    store_tile(w.out, out, d, channels, t, steps);
-    copy_rows(w.x, w.x + steps * kLanes, history);
+// out(t) over steps of one number each, `numbers` apart by `stride`, t counting from the chunk's
+// first step. A step sees those of its own number, and is 0 where that is negative.
+void convolve_numbered(const CausalConv1dFwdParams& p, const Workspace& w, const int32_t* numbers,
+                       int64_t stride, int64_t t, int64_t steps) {
+  const Vec bias = load(w.bias);
+  for (int64_t i = 0; i < steps; ++i) {
+    const int32_t number = numbers[(t + i) * stride];
+    Vec sum = bias;
+    for (int64_t k = 0; k < p.width; ++k) {
+      const int64_t from = t + i - (p.width - 1) + k;
+      if (from >= 0 && numbers[from * stride] == number)
+        sum += load(w.weight + k * kLanes) * load(w.x + (i + k) * kLanes);
+    }
+    store(w.out + i * kLanes, sum);
   }
 }
+
+void zero_negative_steps(const Workspace& w, const int32_t* numbers, int64_t stride, int64_t t,
+                         int64_t steps) {
+  for (int64_t i = 0; i < steps; ++i)
+    if (numbers[(t + i) * stride] < 0) store(w.out + i * kLanes, Vec{});
+}
+
+// One row and one tile of channels.
+class Convolution {
+ public:
+  Convolution(const CausalConv1dFwdParams& p, const Workspace& w, const Rows::Row& row,
+              int64_t row_index)
+      : p(p), w(w), row(row), history(p.width - 1) {
+    x = plane_of(p.x, p.dtype, row.batch);
+    out = plane_of(p.out, p.dtype, row.batch);
+    if (row.slot >= 0) {
+      initial_state = plane_of(p.initial_state, p.dtype, row.slot);
+      final_state = plane_of(p.final_state, p.dtype, row.slot);
+    }
+    if (p.cache_seqlens)
+      seen = integer_at(p.cache_seqlens.data, DType::int32, row_index * p.cache_seqlens.stride[0]);
+    if (p.seq_idx)
+      numbers = static_cast<const int32_t*>(p.seq_idx.data) + row.batch * p.seq_idx.stride[0];
+  }
+
+  void run(int64_t d, int64_t channels) const {
+    load_tile(plane_of(p.weight, p.weight_dtype), d, channels, 0, p.width, w.weight);
+    load_tile_or_zeros(column_of(p.bias, p.bias_dtype), d, channels, 1, w.bias);
+    if (p.cache_seqlens)
+      exchange_circular_state(d, channels);
+    else
+      exchange_state(d, channels);
+    for (int64_t t = row.begin; t < row.end; t += kMaxBlockL) {
+      const int64_t steps = min(kMaxBlockL, row.end - t);
+      load_tile(x, d, channels, t, steps, w.x + history * kLanes);
+      if (numbers)
+        convolve_numbered(p, w, numbers, p.seq_idx.stride[1], t, steps);
+      else
+        convolve(w, p.width, steps);
+      if (p.activation == Activation::silu)
+        for (int64_t i = 0; i < steps * kLanes; i += kLanes)
+          store(w.out + i, silu(load(w.out + i)));
+      if (numbers) zero_negative_steps(w, numbers, p.seq_idx.stride[1], t, steps);
+      store_tile(w.out, out, d, channels, t, steps);
+      copy_rows(w.x, w.x + steps * kLanes, history);
+    }
+  }
+
+ private:
+  // The inputs before the row into w.x, and the state after it: the last state_len of (state, x).
+  // Both at once, since the states may share their memory.
+  void exchange_state(int64_t d, int64_t channels) const {
+    if (!initial_state) std::memset(w.x, 0, sizeof(float) * history * kLanes);
+    if (!initial_state && !final_state) return;
+    load_tile_or_zeros(initial_state, d, channels, p.state_len, w.state);
+    copy_rows(w.x, w.state + (p.state_len - history) * kLanes, history);
+    if (!final_state) return;
+    const int64_t added = min(p.state_len, row.end - row.begin), kept = p.state_len - added;
+    copy_rows(w.state, w.state + added * kLanes, kept);
+    load_tile(x, d, channels, row.end - added, added, w.state + kept * kLanes);
+    store_tile(w.state, final_state, d, channels, 0, p.state_len);
+  }
+
+  // The same for a state in which input number i is at i modulo state_len.
+  void exchange_circular_state(int64_t d, int64_t channels) const {
+    const auto place = [&](int64_t number) {
+      return (number % p.state_len + p.state_len) % p.state_len;
+    };
+    std::memset(w.x, 0, sizeof(float) * history * kLanes);
+    if (!final_state) return;
+    for (int64_t i = 0; i < history; ++i)
+      load_tile(final_state, d, channels, place(seen - history + i), 1, w.x + i * kLanes);
+    for (int64_t t = max(row.begin, row.end - p.state_len); t < row.end; ++t) {
+      load_tile(x, d, channels, t, 1, w.state);
+      store_tile(w.state, final_state, d, channels, place(seen + t), 1);
+    }
+  }
+
+  const CausalConv1dFwdParams& p;
+  const Workspace& w;
+  const Rows::Row& row;
+  const int64_t history;
+  Plane x, out, initial_state, final_state;
+  int64_t seen = 0;                  // tokens before the row, of a circular state
+  const int32_t* numbers = nullptr;  // seq_idx of the row
+};
 
 }  // namespace
 
@@ -119,16 +181,17 @@ void causal_conv1d_fwd(const CausalConv1dFwdParams& p, const Exec& exec) {
   // A few tiles a task, so that waking a thread is worth while.
   constexpr int64_t kTaskDim = 4 * kLanes;
   const int64_t tasks_per_row = (p.dim + kTaskDim - 1) / kTaskDim;
+  const Rows rows{p.cu_seqlens, p.state_indices, p.seqlen};
   const size_t bytes = Workspace::bytes(p);
   exec.context.thread_pool().parallel_for(
-      p.batch * tasks_per_row, workers_with_scratch(exec, bytes), [&](int64_t task, int worker) {
+      p.rows * tasks_per_row, workers_with_scratch(exec, bytes), [&](int64_t task, int worker) {
         Scratch scratch(static_cast<char*>(exec.workspace) + worker * bytes);
         const Workspace workspace(p, scratch);
-        const int64_t b = task / tasks_per_row, begin = task % tasks_per_row * kTaskDim;
+        const int64_t index = task / tasks_per_row, begin = task % tasks_per_row * kTaskDim;
+        const Rows::Row row = rows[index];
+        const Convolution convolution(p, workspace, row, index);
         for_each_tile(begin, min(begin + kTaskDim, p.dim),
-                      [&](int64_t, int64_t d, int64_t channels) {
-                        convolve_tile(p, workspace, b, d, channels);
-                      });
+                      [&](int64_t, int64_t d, int64_t channels) { convolution.run(d, channels); });
       });
 }
 

@@ -1,22 +1,23 @@
 // The RMS norm on the CPU, a row at a time.
+#include <cstring>
+
 #include "../rms_norm_params.h"
 #include "../scratch.h"
 #include "../thread_pool.h"
 #include "row.h"
-#include "ssmcore/context.h"
+#include "vec_math.h"
 
 namespace ssmcore::cpu::SSMCORE_CPU_NAMESPACE {
 namespace {
 
 constexpr int64_t kTaskRows = 8;
 
-// One worker's memory, as floats: rows padded with zeros to whole vectors.
+// One worker's memory: rows as floats. Vectors may read and write beyond dim, up to a whole one.
 struct Workspace {
-  float *x, *residual, *weight, *out;  // (dim)
+  float *x, *residual, *z, *weight;  // (dim)
 
   Workspace(const RmsNormFwdParams& p, Scratch& scratch) {
-    const int64_t padded = (p.dim + kLanes - 1) / kLanes * kLanes;
-    for (float** piece : {&x, &residual, &weight, &out}) *piece = scratch.floats(padded);
+    for (float** piece : {&x, &residual, &z, &weight}) *piece = scratch.floats(p.dim + kLanes);
   }
 
   static size_t bytes(const RmsNormFwdParams& p) {
@@ -25,6 +26,21 @@ struct Workspace {
     return scratch.used();
   }
 };
+
+float sum_of_squares(const float* x, int64_t n) {
+  Vec sum{};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) sum += load(x + i) * load(x + i);
+  if (i < n) {
+    const Vec rest = load_partial(x + i, n - i);
+    sum += rest * rest;
+  }
+  return horizontal_sum(sum);
+}
+
+void gate(const RmsNormFwdParams& p, const Workspace& w) {
+  for (int64_t i = 0; i < p.dim; i += kLanes) store(w.x + i, load(w.x + i) * silu(load(w.z + i)));
+}
 
 void norm_row(const RmsNormFwdParams& p, const Workspace& w, int64_t row) {
   load_row(row_of(p.x, p.dtype, row), p.dtype, p.x.stride[1], p.dim, w.x);
@@ -37,13 +53,17 @@ void norm_row(const RmsNormFwdParams& p, const Workspace& w, int64_t row) {
   if (p.residual_out)
     store_row(w.x, p.dim, row_of(p.residual_out, p.residual_out_dtype, row), p.residual_out_dtype,
               p.residual_out.stride[1]);
-  Vec squares{};
-  for (int64_t i = 0; i < p.dim; i += kLanes) squares += load(w.x + i) * load(w.x + i);
-  const float mean = horizontal_sum(squares) / static_cast<float>(p.dim);
-  const float scale = 1.0f / __builtin_sqrtf(mean + p.eps);
-  for (int64_t i = 0; i < p.dim; i += kLanes)
-    store(w.out + i, load(w.x + i) * scale * load(w.weight + i));
-  store_row(w.out, p.dim, row_of(p.out, p.out_dtype, row), p.out_dtype, p.out.stride[1]);
+  if (p.z) load_row(row_of(p.z, p.z_dtype, row), p.z_dtype, p.z.stride[1], p.dim, w.z);
+  if (p.z && !p.norm_before_gate) gate(p, w);
+  for (int64_t begin = 0; begin < p.dim; begin += p.group_size) {
+    const float mean = sum_of_squares(w.x + begin, p.group_size) / static_cast<float>(p.group_size);
+    const float scale = 1.0f / __builtin_sqrtf(mean + p.eps);
+    for (int64_t i = begin; i < begin + p.group_size; ++i) w.x[i] *= scale;
+  }
+  if (p.weight)
+    for (int64_t i = 0; i < p.dim; i += kLanes) store(w.x + i, load(w.x + i) * load(w.weight + i));
+  if (p.z && p.norm_before_gate) gate(p, w);
+  store_row(w.x, p.dim, row_of(p.out, p.out_dtype, row), p.out_dtype, p.out.stride[1]);
 }
 
 }  // namespace
@@ -60,7 +80,7 @@ void rms_norm_fwd(const RmsNormFwdParams& p, const Exec& exec) {
         Scratch scratch(static_cast<char*>(exec.workspace) + worker * bytes);
         const Workspace w(p, scratch);
         std::memset(w.x, 0, bytes);
-        load_row(p.weight.data, p.weight_dtype, p.weight.stride[0], p.dim, w.weight);
+        if (p.weight) load_row(p.weight.data, p.weight_dtype, p.weight.stride[0], p.dim, w.weight);
         const int64_t begin = task * kTaskRows, end = min(begin + kTaskRows, p.rows);
         for (int64_t row = begin; row < end; ++row) norm_row(p, w, row);
       });

@@ -1,24 +1,20 @@
-// The selective scan on the CPU: lanes are channels, states stay in registers, time is serial.
-#include <type_traits>
-
+// The selective scan on the CPU: lanes are channels. Operands are staged as tiles of floats, chunk
+// by chunk, so the recurrence (scan_states.h) is the same for every dtype and layout.
 #include "../scratch.h"
 #include "../selective_scan_params.h"
 #include "../thread_pool.h"
-#include "ssmcore/context.h"
+#include "scan_states.h"
 #include "tile.h"
-#include "vec_math.h"
 
-namespace ssmcore::cpu::SSMCORE_CPU_NAMESPACE {
+namespace ssmcore::cpu {
+
+// selective_scan_float64.cpp
+void selective_scan_fwd_float64(const SelectiveScanFwdParams& params, const Exec& exec);
+size_t selective_scan_fwd_float64_workspace_size(const SelectiveScanFwdParams& params,
+                                                 const Context& context);
+
+namespace SSMCORE_CPU_NAMESPACE {
 namespace {
-
-// States that one pass over time keeps in registers, beside the operands of a step.
-#if defined(__AVX512F__)
-constexpr int kBlockN = 16;
-#elif defined(__AVX__)
-constexpr int kBlockN = 8;
-#else
-constexpr int kBlockN = 4;
-#endif
 
 // Steps staged at a time: B and C of a chunk and the tiles of four operands fit in the first-level
 // cache. Fewer when there are many states.
@@ -27,23 +23,28 @@ constexpr int64_t kMaxBlockL = 64;
 constexpr int64_t kMaxTiles = 4;
 
 int64_t block_l(const SelectiveScanFwdParams& p) {
-  const int64_t steps = 4096 / p.dstate;
-  return max(1, min(min(steps, kMaxBlockL), p.seqlen));
+  return max(1, min(min(4096 / p.dstate, kMaxBlockL), p.seqlen));
 }
 
-// One worker's memory, as floats.
+int parts_of(const SelectiveScanFwdParams& p) {
+  return p.complex ? 2 : 1;
+}
+
+// One worker's memory, as floats. Complex numbers come in parts.
 struct Workspace {
-  float *A, *state, *constant_B, *constant_C;  // (tiles, dstate, kLanes)
-  float *D, *delta_bias;                       // (tiles, kLanes)
-  float *B, *C;                                // (steps, dstate)
+  int64_t per_part, per_tile;                  // values between parts, and between tiles
+  float *A, *state, *constant_B, *constant_C;  // (tiles, parts, dstate, kLanes)
+  float *D, *delta_bias, *delta_sum;           // (tiles, kLanes)
+  float *B, *C;                                // (steps, dstate, parts)
   float *delta, *delta_u, *u, *y;              // (steps, kLanes)
 
-  Workspace(const SelectiveScanFwdParams& p, Scratch& scratch) {
+  Workspace(const SelectiveScanFwdParams& p, Scratch& scratch)
+      : per_part(p.dstate * kLanes), per_tile(parts_of(p) * per_part) {
     const int64_t steps = block_l(p);
     for (float** piece : {&A, &state, &constant_B, &constant_C})
-      *piece = scratch.floats(kMaxTiles * p.dstate * kLanes);
-    for (float** piece : {&D, &delta_bias}) *piece = scratch.floats(kMaxTiles * kLanes);
-    for (float** piece : {&B, &C}) *piece = scratch.floats(steps * p.dstate);
+      *piece = scratch.floats(kMaxTiles * per_tile);
+    for (float** piece : {&D, &delta_bias, &delta_sum}) *piece = scratch.floats(kMaxTiles * kLanes);
+    for (float** piece : {&B, &C}) *piece = scratch.floats(steps * p.dstate * parts_of(p));
     for (float** piece : {&delta, &delta_u, &u, &y}) *piece = scratch.floats(steps * kLanes);
   }
 
@@ -54,189 +55,216 @@ struct Workspace {
   }
 };
 
-// B or C at one step: the same for all channels of a group where it varies in time, one number a
-// channel where it is constant.
-template <bool kConstant>
-SSMCORE_INLINE Vec coefficient(const float* at) {
-  if constexpr (kConstant)
-    return load(at);
-  else
-    return broadcast(*at);
-}
+// What one task works on: a row, and the channels [d_begin, d_end) of a head, up to kMaxTiles
+// tiles.
+struct Task {
+  Rows::Row row;
+  int64_t row_index, head, d_begin, d_end;
+};
 
-// Advances kN states of one channel tile over `steps` and adds their share to y. A holds A log2(e).
-template <int kN, bool kConstantB, bool kConstantC>
-void scan_states(int64_t steps, int64_t dstate, const float* A, const float* B, const float* C,
-                 const float* delta, const float* delta_u, float* state, float* y) {
-  Vec h[kN];
-  for (int n = 0; n < kN; ++n) h[n] = load(state + n * kLanes);
-  for (int64_t t = 0; t < steps; ++t) {
-    const Vec dt = load(delta + t * kLanes), x = load(delta_u + t * kLanes);
-    const float* b = kConstantB ? B : B + t * dstate;
-    const float* c = kConstantC ? C : C + t * dstate;
-    Vec sum = load(y + t * kLanes);
-#pragma GCC unroll 16
-    for (int n = 0; n < kN; ++n) {
-      const Vec decay = exp2(dt * load(A + n * kLanes));
-      h[n] = decay * h[n] + x * coefficient<kConstantB>(b + (kConstantB ? n * kLanes : n));
-      sum += h[n] * coefficient<kConstantC>(c + (kConstantC ? n * kLanes : n));
-    }
-    store(y + t * kLanes, sum);
+class Scan {
+ public:
+  Scan(const SelectiveScanFwdParams& p, const Workspace& w, const Task& task)
+      : p(p), w(w), task(task), parts(parts_of(p)) {
+    const Rows::Row& row = task.row;
+    u = plane_of(p.u, p.dtype, row.batch, task.head);
+    delta = plane_of(p.delta, p.dtype, row.batch, task.head);
+    z = plane_of(p.z, p.dtype, row.batch, task.head);
+    out = plane_of(p.out, p.dtype, row.batch, task.head);
   }
-  for (int n = 0; n < kN; ++n) store(state + n * kLanes, h[n]);
-}
 
-// All states of one channel tile over one chunk of time.
-template <bool kConstantB, bool kConstantC>
-void scan_tile(const SelectiveScanFwdParams& p, const Workspace& w, int64_t tile, int64_t steps) {
-  const int64_t offset = tile * p.dstate * kLanes;
-  const auto advance = [&](auto count, int64_t n) {
-    const int64_t at = offset + n * kLanes;
-    scan_states<decltype(count)::value, kConstantB, kConstantC>(
-        steps, p.dstate, w.A + at, kConstantB ? w.constant_B + at : w.B + n,
-        kConstantC ? w.constant_C + at : w.C + n, w.delta, w.delta_u, w.state + at, w.y);
-  };
-  int64_t n = 0;
-  for (; n + kBlockN <= p.dstate; n += kBlockN) advance(std::integral_constant<int, kBlockN>(), n);
-  for (; n + 4 <= p.dstate; n += 4) advance(std::integral_constant<int, 4>(), n);
-  for (; n < p.dstate; ++n) advance(std::integral_constant<int, 1>(), n);
-}
+  void run() {
+    for_each_tile([&](int64_t tile, int64_t d, int64_t channels) { load(tile, d, channels); });
+    int64_t chunk = p.chunk_states ? first_chunk() : 0;
+    for (int64_t t = task.row.begin; t < task.row.end;) {
+      // Steps up to the next state that is asked for.
+      const int64_t done = t - task.row.begin, asked = p.chunk_size - done % max(1, p.chunk_size);
+      int64_t steps = min(block_l(p), task.row.end - t);
+      if (p.chunk_states) steps = min(steps, asked);
+      advance(t, steps);
+      t += steps;
+      if (p.chunk_states && (steps == asked || t == task.row.end))
+        store_states(plane_of(p.chunk_states, state_dtype(), task.row.batch, chunk++, task.head));
+    }
+    if (p.last_state && task.row.slot >= 0)
+      store_states(plane_of(p.last_state, state_dtype(), task.row.slot, task.head));
+    if (p.delta_sum) {
+      const Plane sum = column_of(p.delta_sum, DType::float32, task.row_index, task.head);
+      for_each_tile([&](int64_t tile, int64_t d, int64_t channels) {
+        store_tile(w.delta_sum + tile * kLanes, sum, d, channels, 0, 1);
+      });
+    }
+  }
 
-void scan_tile(const SelectiveScanFwdParams& p, const Workspace& w, int64_t tile, int64_t steps) {
-  const auto scan = p.constant_B
-                        ? (p.constant_C ? scan_tile<true, true> : scan_tile<true, false>)
-                        : (p.constant_C ? scan_tile<false, true> : scan_tile<false, false>);
-  scan(p, w, tile, steps);
-}
+ private:
+  template <typename Body>
+  void for_each_tile(const Body& body) const {
+    cpu::SSMCORE_CPU_NAMESPACE::for_each_tile(task.d_begin, task.d_end, body);
+  }
 
-// B or C of one group over a chunk, as floats, (steps, dstate).
-void stage_coefficients(const Strided<4>& tensor, DType dtype, int64_t b, int64_t group, int64_t t,
-                        int64_t steps, int64_t dstate, float* staged) {
-  with_type(dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const T* from = static_cast<const T*>(tensor.data) + b * tensor.stride[0] +
-                    group * tensor.stride[1] + t * tensor.stride[3];
-    const int64_t stride_n = tensor.stride[2], stride_t = tensor.stride[3];
-    if (stride_n == 1) {
-      for (int64_t i = 0; i < steps; ++i) {
-        const T* row = from + i * stride_t;
-        int64_t n = 0;
-        for (; n + kLanes <= dstate; n += kLanes) store(staged + i * dstate + n, load(row + n));
-        for (; n < dstate; ++n) staged[i * dstate + n] = to_float(row[n]);
+  DType state_dtype() const { return p.complex ? DType::complex64 : DType::float32; }
+
+  // A (headdim, dstate) parameter or state into its tile, part by part.
+  void load_parts(const Plane& plane, int64_t d, int64_t channels, float* tile) const {
+    for (int part = 0; part < parts; ++part)
+      load_tile_or_zeros(p.complex ? part_of(plane, part) : plane, d, channels, p.dstate,
+                         tile + part * w.per_part);
+  }
+
+  void load(int64_t tile, int64_t d, int64_t channels) const {
+    const int64_t at = tile * w.per_tile;
+    load_parts(plane_of(p.A, state_dtype(), task.head), d, channels, w.A + at);
+    for (int64_t i = 0; i < w.per_tile; ++i)
+      w.A[at + i] *= i < w.per_part ? kLog2e : kTurnsPerRadian;
+    load_parts(plane_of(p.constant_B, state_dtype(), task.head), d, channels, w.constant_B + at);
+    load_parts(plane_of(p.constant_C, state_dtype(), task.head), d, channels, w.constant_C + at);
+    const Plane initial = task.row.slot < 0
+                              ? Plane()
+                              : plane_of(p.initial_state, state_dtype(), task.row.slot, task.head);
+    load_parts(initial, d, channels, w.state + at);
+    load_tile_or_zeros(column_of(p.D, DType::float32, task.head), d, channels, 1,
+                       w.D + tile * kLanes);
+    load_tile_or_zeros(column_of(p.delta_bias, DType::float32, task.head), d, channels, 1,
+                       w.delta_bias + tile * kLanes);
+    store(w.delta_sum + tile * kLanes, Vec{});
+  }
+
+  void advance(int64_t t, int64_t steps) const {
+    const int64_t group = task.head / (p.nheads / p.ngroups);
+    if (p.B) stage_coefficients(plane_of(p.B, p.dtype, task.row.batch, group), t, steps, w.B);
+    if (p.C) stage_coefficients(plane_of(p.C, p.dtype, task.row.batch, group), t, steps, w.C);
+    for_each_tile([&](int64_t tile, int64_t d, int64_t channels) {
+      stage_inputs(tile, d, channels, t, steps);
+      const int64_t at = tile * w.per_tile;
+      const StatesOfTile states{steps,
+                                p.dstate,
+                                w.per_part,
+                                w.A + at,
+                                p.constant_B ? w.constant_B + at : w.B,
+                                p.constant_C ? w.constant_C + at : w.C,
+                                w.delta,
+                                w.delta_u,
+                                w.state + at,
+                                w.y};
+      scan_states(states, p.complex, static_cast<bool>(p.constant_B),
+                  static_cast<bool>(p.constant_C));
+      finish(tile, d, channels, t, steps);
+    });
+  }
+
+  // B or C of one group over a chunk, (dstate, parts · seqlen), as floats (steps, dstate, parts).
+  void stage_coefficients(const Plane& plane, int64_t t, int64_t steps, float* staged) const {
+    with_type(p.dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      const int64_t stride_n = plane.stride_d, stride_t = parts * plane.stride_t;
+      const T* from = static_cast<const T*>(plane.data) + t * stride_t;
+      if (stride_n == 1 && parts == 1) {
+        for (int64_t i = 0; i < steps; ++i) {
+          const T* row = from + i * stride_t;
+          int64_t n = 0;
+          for (; n + kLanes <= p.dstate; n += kLanes)
+            store(staged + i * p.dstate + n, cpu::SSMCORE_CPU_NAMESPACE::load(row + n));
+          for (; n < p.dstate; ++n) staged[i * p.dstate + n] = to_float(row[n]);
+        }
+        return;
       }
-    } else {
-      for (int64_t n = 0; n < dstate; ++n)
+      for (int64_t n = 0; n < p.dstate; ++n)
         for (int64_t i = 0; i < steps; ++i)
-          staged[i * dstate + n] = to_float(from[n * stride_n + i * stride_t]);
-    }
-  });
-}
-
-// Δ = softplus?(delta + delta_bias), Δu and a zero y for one channel tile and chunk.
-void stage_inputs(const SelectiveScanFwdParams& p, const Workspace& w, const Plane& u,
-                  const Plane& delta, int64_t d, int64_t channels, int64_t tile, int64_t t,
-                  int64_t steps) {
-  load_tile(u, d, channels, t, steps, w.u);
-  load_tile(delta, d, channels, t, steps, w.delta);
-  const Vec bias = load(w.delta_bias + tile * kLanes);
-  for (int64_t i = 0; i < steps; ++i) {
-    Vec dt = load(w.delta + i * kLanes) + bias;
-    if (p.delta_softplus) dt = softplus(dt);
-    store(w.delta + i * kLanes, dt);
-    store(w.delta_u + i * kLanes, dt * load(w.u + i * kLanes));
-    store(w.y + i * kLanes, Vec{});
-  }
-}
-
-// out = (y + D u) SiLU(z) for one channel tile and chunk.
-void finish(const SelectiveScanFwdParams& p, const Workspace& w, const Plane& z, const Plane& out,
-            int64_t d, int64_t channels, int64_t tile, int64_t t, int64_t steps) {
-  if (p.D) {
-    const Vec D = load(w.D + tile * kLanes);
-    for (int64_t i = 0; i < steps; ++i)
-      store(w.y + i * kLanes, load(w.y + i * kLanes) + D * load(w.u + i * kLanes));
-  }
-  if (z) {
-    load_tile(z, d, channels, t, steps, w.u);  // u is not needed any more
-    for (int64_t i = 0; i < steps; ++i)
-      store(w.y + i * kLanes, load(w.y + i * kLanes) * silu(load(w.u + i * kLanes)));
-  }
-  store_tile(w.y, out, d, channels, t, steps);
-}
-
-// One row, and the channels [d_begin, d_end) of one group: up to kMaxTiles tiles.
-void scan_channels(const SelectiveScanFwdParams& p, const Workspace& w, int64_t b, int64_t group,
-                   int64_t d_begin, int64_t d_end) {
-  const Plane u(p.u, p.dtype, b), delta(p.delta, p.dtype, b), z(p.z, p.dtype, b),
-      out(p.out, p.dtype, b);
-  const int64_t slot = slot_of(p.state_indices, b);
-  const Plane initial = state_plane(p.initial_state, DType::float32, slot);
-  const Plane last = state_plane(p.last_state, DType::float32, slot);
-
-  for_each_tile(d_begin, d_end, [&](int64_t tile, int64_t d, int64_t channels) {
-    const int64_t at = tile * p.dstate * kLanes;
-    const auto load_parameters = [&](const Strided<2>& parameter, float* to) {
-      load_parameter(parameter, DType::float32, d, channels, p.dstate, to + at);
-    };
-    load_parameters(p.A, w.A);
-    for (int64_t n = 0; n < p.dstate; ++n) {
-      float* A = w.A + at + n * kLanes;
-      store(A, load(A) * kLog2e);
-    }
-    if (p.constant_B) load_parameters(p.constant_B, w.constant_B);
-    if (p.constant_C) load_parameters(p.constant_C, w.constant_C);
-    load_parameter(p.D, DType::float32, d, channels, w.D + tile * kLanes);
-    load_parameter(p.delta_bias, DType::float32, d, channels, w.delta_bias + tile * kLanes);
-    if (initial)
-      load_tile(initial, d, channels, 0, p.dstate, w.state + at);
-    else
-      std::memset(w.state + at, 0, sizeof(float) * p.dstate * kLanes);
-  });
-
-  const int64_t chunk = block_l(p);
-  for (int64_t t = 0; t < p.seqlen; t += chunk) {
-    const int64_t steps = min(chunk, p.seqlen - t);
-    if (p.B) stage_coefficients(p.B, p.dtype, b, group, t, steps, p.dstate, w.B);
-    if (p.C) stage_coefficients(p.C, p.dtype, b, group, t, steps, p.dstate, w.C);
-    for_each_tile(d_begin, d_end, [&](int64_t tile, int64_t d, int64_t channels) {
-      stage_inputs(p, w, u, delta, d, channels, tile, t, steps);
-      scan_tile(p, w, tile, steps);
-      finish(p, w, z, out, d, channels, tile, t, steps);
+          for (int part = 0; part < parts; ++part)
+            staged[(i * p.dstate + n) * parts + part] =
+                to_float(from[n * stride_n + i * stride_t + part * plane.stride_t]);
     });
   }
 
-  if (last)
-    for_each_tile(d_begin, d_end, [&](int64_t tile, int64_t d, int64_t channels) {
-      store_tile(w.state + tile * p.dstate * kLanes, last, d, channels, 0, p.dstate);
+  // Δ = softplus?(delta + delta_bias), Δu and a zero y for one tile and chunk.
+  void stage_inputs(int64_t tile, int64_t d, int64_t channels, int64_t t, int64_t steps) const {
+    using cpu::SSMCORE_CPU_NAMESPACE::load;
+    load_tile(u, d, channels, t, steps, w.u);
+    load_tile(delta, d, channels, t, steps, w.delta);
+    const Vec bias = load(w.delta_bias + tile * kLanes);
+    Vec sum = load(w.delta_sum + tile * kLanes);
+    for (int64_t i = 0; i < steps * kLanes; i += kLanes) {
+      Vec dt = load(w.delta + i) + bias;
+      if (p.delta_softplus) dt = softplus(dt);
+      sum += dt;
+      store(w.delta + i, dt);
+      store(w.delta_u + i, dt * load(w.u + i));
+      store(w.y + i, Vec{});
+    }
+    store(w.delta_sum + tile * kLanes, sum);
+  }
+
+  // out = (y + D u) SiLU(z) for one tile and chunk.
+  void finish(int64_t tile, int64_t d, int64_t channels, int64_t t, int64_t steps) const {
+    using cpu::SSMCORE_CPU_NAMESPACE::load;
+    if (p.D) {
+      const Vec D = load(w.D + tile * kLanes);
+      for (int64_t i = 0; i < steps * kLanes; i += kLanes)
+        store(w.y + i, load(w.y + i) + D * load(w.u + i));
+    }
+    if (z) {
+      load_tile(z, d, channels, t, steps, w.u);  // u is not needed any more
+      for (int64_t i = 0; i < steps * kLanes; i += kLanes)
+        store(w.y + i, load(w.y + i) * silu(load(w.u + i)));
+    }
+    store_tile(w.y, out, d, channels, t, steps);
+  }
+
+  void store_states(const Plane& states) const {
+    for_each_tile([&](int64_t tile, int64_t d, int64_t channels) {
+      for (int part = 0; part < parts; ++part)
+        store_tile(w.state + tile * w.per_tile + part * w.per_part,
+                   p.complex ? part_of(states, part) : states, d, channels, 0, p.dstate);
     });
-}
+  }
+
+  // The row's first entry in chunk_states: packed rows follow one another.
+  int64_t first_chunk() const {
+    if (!p.cu_seqlens) return 0;
+    const Rows rows{p.cu_seqlens, {}, p.seqlen};
+    int64_t chunks = 0;
+    for (int64_t row = 0; row < task.row_index; ++row)
+      chunks += (rows.boundary(row + 1) - rows.boundary(row) + p.chunk_size - 1) / p.chunk_size;
+    return chunks;
+  }
+
+  static constexpr float kTurnsPerRadian = 0.159154943091895336f;
+
+  const SelectiveScanFwdParams& p;
+  const Workspace& w;
+  const Task& task;
+  const int parts;
+  Plane u, delta, z, out;
+};
 
 }  // namespace
 
 size_t selective_scan_fwd_workspace_size(const SelectiveScanFwdParams& p, const Context& context) {
+  if (p.dtype == DType::float64) return selective_scan_fwd_float64_workspace_size(p, context);
   return Workspace::bytes(p) * static_cast<size_t>(context.num_threads());
 }
 
 void selective_scan_fwd(const SelectiveScanFwdParams& p, const Exec& exec) {
-  const int64_t group_dim = p.dim / p.ngroups;
-  const int64_t tiles = (group_dim + kLanes - 1) / kLanes;
+  if (p.dtype == DType::float64) return selective_scan_fwd_float64(p, exec);
+  const int64_t tiles = (p.headdim + kLanes - 1) / kLanes;
   // Wider tasks stage B and C less often; enough tasks keep the threads evenly busy.
-  const int64_t rows = p.batch * p.ngroups;
-  const int64_t tiles_wanted = rows * tiles / (4 * exec.context.num_threads());
+  const int64_t heads = p.rows * p.nheads;
+  const int64_t tiles_wanted = heads * tiles / (4 * exec.context.num_threads());
   const int64_t task_dim = min(kMaxTiles, max(1, tiles_wanted)) * kLanes;
-  const int64_t tasks_per_group = (group_dim + task_dim - 1) / task_dim;
+  const int64_t tasks_per_head = (p.headdim + task_dim - 1) / task_dim;
+  const Rows rows{p.cu_seqlens, p.state_indices, p.seqlen};
 
   const size_t bytes = Workspace::bytes(p);
   exec.context.thread_pool().parallel_for(
-      rows * tasks_per_group, workers_with_scratch(exec, bytes), [&](int64_t task, int worker) {
+      heads * tasks_per_head, workers_with_scratch(exec, bytes), [&](int64_t index, int worker) {
         Scratch scratch(static_cast<char*>(exec.workspace) + worker * bytes);
         const Workspace workspace(p, scratch);
-        const int64_t row = task / tasks_per_group, b = row / p.ngroups, group = row % p.ngroups;
-        const int64_t d_group = group * group_dim;
-        const int64_t d_begin = d_group + task % tasks_per_group * task_dim;
-        const int64_t d_end = min(d_begin + task_dim, d_group + group_dim);
-        scan_channels(p, workspace, b, group, d_begin, d_end);
+        const int64_t head = index / tasks_per_head, row = head / p.nheads;
+        const int64_t begin = index % tasks_per_head * task_dim;
+        const Task task{rows[row], row, head % p.nheads, begin, min(begin + task_dim, p.headdim)};
+        Scan(p, workspace, task).run();
       });
 }
 
-}  // namespace ssmcore::cpu::SSMCORE_CPU_NAMESPACE
+}  // namespace SSMCORE_CPU_NAMESPACE
+}  // namespace ssmcore::cpu

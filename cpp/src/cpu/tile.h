@@ -2,6 +2,7 @@
 // and dtype of a tensor, kernels compute on tiles.
 #pragma once
 
+#include <cstring>
 #include <type_traits>
 
 #include "../strided.h"
@@ -15,18 +16,46 @@ struct Plane {
   DType dtype = DType::float32;
   int64_t stride_d = 0, stride_t = 0;
 
-  Plane() = default;
-  // Row `index` of a (batch, dim, seqlen) operand; empty where that is absent.
-  Plane(const Strided<3>& tensor, DType dtype, int64_t index)
-      : data(tensor ? static_cast<char*>(tensor.data) +
-                          index * tensor.stride[0] * static_cast<int64_t>(dtype_size(dtype))
-                    : nullptr),
-        dtype(dtype),
-        stride_d(tensor.stride[1]),
-        stride_t(tensor.stride[2]) {}
-
   explicit operator bool() const { return data != nullptr; }
 };
+
+// The plane of the last two dimensions of an operand at the given indices of those before; empty
+// where the operand is absent.
+template <int Rank, typename... Index>
+SSMCORE_INLINE Plane plane_of(const Strided<Rank>& tensor, DType dtype, Index... index) {
+  static_assert(sizeof...(Index) == Rank - 2);
+  Plane plane;
+  if (!tensor) return plane;
+  int64_t offset = 0;
+  int dim = 0;
+  ((offset += index * tensor.stride[dim++]), ...);
+  plane.data = static_cast<char*>(tensor.data) + offset * static_cast<int64_t>(dtype_size(dtype));
+  plane.dtype = dtype;
+  plane.stride_d = tensor.stride[Rank - 2];
+  plane.stride_t = tensor.stride[Rank - 1];
+  return plane;
+}
+
+// The same where the last dimension is of channels alone: one column of lanes.
+template <int Rank, typename... Index>
+SSMCORE_INLINE Plane column_of(const Strided<Rank>& tensor, DType dtype, Index... index) {
+  static_assert(sizeof...(Index) == Rank - 1);
+  Strided<Rank + 1> with_time;
+  with_time.data = tensor.data;
+  for (int i = 0; i < Rank; ++i) with_time.stride[i] = tensor.stride[i];
+  return plane_of(with_time, dtype, index...);
+}
+
+// A complex64 plane's real (part 0) or imaginary parts (part 1).
+SSMCORE_INLINE Plane part_of(const Plane& complex, int part) {
+  Plane plane = complex;
+  if (!complex) return plane;
+  plane.data = static_cast<float*>(complex.data) + part;
+  plane.dtype = DType::float32;
+  plane.stride_d *= 2;
+  plane.stride_t *= 2;
+  return plane;
+}
 
 namespace detail {
 
@@ -89,25 +118,13 @@ inline void store_tile(const float* tile, const Plane& plane, int64_t d, int64_t
   });
 }
 
-// The same for a (dim, n) parameter: a row of lanes for each of its n columns; and for a (dim) one,
-// zeros where that is absent.
-inline void load_parameter(const Strided<2>& parameter, DType dtype, int64_t d, int64_t channels,
-                           int64_t n, float* tile) {
-  Plane plane;
-  plane.data = parameter.data;
-  plane.dtype = dtype;
-  plane.stride_d = parameter.stride[0];
-  plane.stride_t = parameter.stride[1];
-  load_tile(plane, d, channels, 0, n, tile);
-}
-
-inline void load_parameter(const Strided<1>& parameter, DType dtype, int64_t d, int64_t channels,
-                           float* tile) {
-  if (!parameter) return store(tile, Vec{});
-  Strided<2> column;
-  column.data = parameter.data;
-  column.stride[0] = parameter.stride[0];
-  load_parameter(column, dtype, d, channels, 1, tile);
+// Steps [0, steps) of a plane that may be absent: zeros then.
+inline void load_tile_or_zeros(const Plane& plane, int64_t d, int64_t channels, int64_t steps,
+                               float* tile) {
+  if (plane)
+    load_tile(plane, d, channels, 0, steps, tile);
+  else
+    std::memset(tile, 0, sizeof(float) * static_cast<size_t>(steps) * kLanes);
 }
 
 // Calls body(tile, d, channels) for the tiles of channels [begin, end), counting tiles from 0.
@@ -117,15 +134,27 @@ SSMCORE_INLINE void for_each_tile(int64_t begin, int64_t end, const Body& body) 
     body(tile, d, min(kLanes, end - d));
 }
 
-// The state slot of row b: the row itself without indices.
-inline int64_t slot_of(const Strided<1>& state_indices, int64_t b) {
-  if (!state_indices) return b;
-  return static_cast<const int32_t*>(state_indices.data)[b * state_indices.stride[0]];
-}
+// The rows of a call: sequences of a batch, or packed ones.
+struct Rows {
+  struct Row {
+    int64_t batch, begin, end;  // steps [begin, end) of this row of the batch
+    int64_t slot;               // of its state; negative: none
+  };
 
-// One slot of a (slots, dim, n) state; empty for a negative slot and for an absent state.
-inline Plane state_plane(const Strided<3>& states, DType dtype, int64_t slot) {
-  return slot < 0 ? Plane() : Plane(states, dtype, slot);
-}
+  Strided<1> cu_seqlens, state_indices;
+  int64_t seqlen;
+
+  Row operator[](int64_t row) const {
+    const int64_t slot =
+        state_indices ? integer_at(state_indices.data, DType::int32, row * state_indices.stride[0])
+                      : row;
+    if (!cu_seqlens) return {row, 0, seqlen, slot};
+    return {0, boundary(row), boundary(row + 1), slot};
+  }
+  // Where packed row `row` begins.
+  int64_t boundary(int64_t row) const {
+    return integer_at(cu_seqlens.data, DType::int32, row * cu_seqlens.stride[0]);
+  }
+};
 
 }  // namespace ssmcore::cpu::SSMCORE_CPU_NAMESPACE

@@ -69,4 +69,25 @@ SSMCORE_INLINE Vec silu(Vec x) {
   return x / (1.0f + exp(-x));
 }
 
+// The sine and cosine of an angle in turns. Polynomials cover a quarter turn to either side; what
+// is beyond is mirrored there.
+SSMCORE_INLINE void sincos_turns(Vec turns, Vec* sine, Vec* cosine) {
+  const Vec magic = broadcast(0x1.8p23f);  // adding it rounds to an integer in the low bits
+  const Vec r = turns - ((turns + magic) - magic);
+  const IntVec far = (r > 0.25f) | (r < -0.25f);
+  const Vec mirrored = select(r > 0.0f, 0.5f - r, -0.5f - r);
+  const Vec x = select(far, mirrored, r), x2 = x * x;
+  Vec p = x2 * 3.953664222e+01f - 7.654977436e+01f;
+  p = p * x2 + 8.160100375e+01f;
+  p = p * x2 - 4.134165503e+01f;
+  p = p * x2 + 6.283185160e+00f;
+  *sine = x * p;
+  Vec q = x2 * -2.500676595e+01f + 6.014820077e+01f;
+  q = q * x2 - 8.545383052e+01f;
+  q = q * x2 + 6.493935359e+01f;
+  q = q * x2 - 1.973920862e+01f;
+  q = q * x2 + 1.0f;
+  *cosine = select(far, -q, q);
+}
+
 }  // namespace ssmcore::cpu::SSMCORE_CPU_NAMESPACE
