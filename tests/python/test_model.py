@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -175,6 +176,23 @@ def test_threads_may_share_a_model():
     for thread in threads:
         thread.join()
     assert results == [expected] * 4
+
+
+def test_threads_give_what_each_gives_alone():
+    model, rng = bundled_model(), np.random.default_rng(1)
+    prompts = [rng.integers(0, 256, length) for length in (5, 300, 700, 64)]
+
+    def run(prompt):
+        half = len(prompt) // 2
+        packed, state = model.forward(prompt, cu_seqlens=[0, half, len(prompt)])
+        steps = [model.step(token_ids, state) for token_ids in prompt[: 2 * 2].reshape(-1, 2)]
+        texts = model.generate([prompt, prompt[::-1]], 20, temperature=0.9, seed=3)
+        return packed.tobytes(), [logits.tobytes() for logits in steps], texts
+
+    alone = [run(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        for _ in range(3):
+            assert list(threads.map(run, prompts)) == alone
 
 
 # Properties.
