@@ -184,12 +184,10 @@ size_t LanguageModel::chunk_workspace_size(int64_t batch, int64_t length,
   };
   add_mixers({}, batch);
   for (const int64_t rows : {batch, length, batch * length}) add_head(rows);
-  if (batch == 1) {  // which may be packed: one sequence to one for each token
+  if (batch == 1 && length > 1) {  // which may be packed, up to one sequence for each token
     std::vector<int32_t> ends(static_cast<size_t>(length) + 1);
     std::iota(ends.begin(), ends.end(), 0);
     add_mixers(TensorView(ends.data(), DType::int32, {length + 1}, device), length);
-    ends[1] = static_cast<int32_t>(length);
-    add_mixers(TensorView(ends.data(), DType::int32, {2}, device), 1);
     for (int64_t rows = 1; rows < length; ++rows) add_head(rows);
   }
   return scratch.used() + largest;
@@ -263,8 +261,9 @@ int64_t LanguageModel::forward_packed_chunk(const LanguageModelFwdArgs& args, in
   const int64_t next_row = packed.fill(args, row, begin, length);
   const Activations at(1, length, config().d_model, dtype_, device, scratch);
   const Exec rest = scratch.rest(exec);
+  const bool is_one = packed.state_indices.shape[0] == 1;  // and so a row like any other
   forward_layers(args.token_ids.slice(1, begin, length), *args.state, packed.state_indices,
-                 packed.cu_seqlens, at, rest);
+                 is_one ? TensorView() : packed.cu_seqlens, at, rest);
   if (args.logits.rank == 3) {
     all_logits(args.logits.slice(1, begin, length), at, rest);
   } else if (const int64_t num_ended = packed.last_positions.shape[0]; args.logits && num_ended) {

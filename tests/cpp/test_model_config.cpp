@@ -163,7 +163,7 @@ TEST_CASE("parse_model_config: defaults of the upstream package") {
 TEST_CASE("parse_model_config: what is not Mamba-1 is refused by name") {
   check_refused(R"({"model_type": "llama"})",
                 "model_type: expected a known model type (known: "
-                "mamba), got \"llama\"");
+                "mamba, falcon_mamba), got \"llama\"");
   check_refused("{}", "known: mamba");
   check_refused(transformers_json(R"("hidden_act": "gelu")"), "hidden_act");
   check_refused(upstream_json(R"("rms_norm": false)"), "LayerNorm");
