@@ -1,4 +1,4 @@
-// Multiplies two matrices through the installed library, enough to reach OpenBLAS, and catches its
+// Multiplies two matrices through the installed library, and catches its
 // error.
 #include <cstdio>
 #include <vector>
