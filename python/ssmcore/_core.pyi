@@ -148,6 +148,9 @@ class ModelConfig:
     @property
     def norm_eps(self) -> float: ...
     @property
+    def mixer_norm_eps(self) -> float:
+        """Of the norms on delta, B and C of falcon_mamba; else 0."""
+    @property
     def use_bias(self) -> bool:
         """Whether in_proj and out_proj have biases."""
     @property
@@ -157,8 +160,11 @@ class ModelConfig:
     @property
     def eos_token_ids(self) -> list[int]: ...
 
-def parse_model_config(json_text: str) -> ModelConfig:
-    """Reads the text of a config.json; InvalidArgumentError if it describes no known model."""
+def open_model_config(folder: str) -> ModelConfig:
+    """Reads config.json and generation_config.json; InvalidArgumentError for no known model."""
+
+def open_shard_index(path: str) -> dict[str, list[str]]:
+    """The tensor names of each file that an index of shards names, all files of its folder."""
 
 class Checkpoint:
     """A model as stored."""
@@ -181,9 +187,17 @@ class ModelState:
     def num_slots(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
+    def is_at_start(self, slot: int) -> bool:
+        """Whether the slot has read nothing yet."""
     def reset_slot(self, slot: int) -> None:
         """Back to the start of a sequence."""
     def copy_slot(self, src: int, dst: int) -> None: ...
+    def clone(self) -> ModelState:
+        """A copy of every slot."""
+    def save(self) -> bytes:
+        """All slots as bytes."""
+    def load(self, bytes: bytes) -> None:
+        """What `save` gave, of a state of the same shape; else InvalidArgumentError."""
 
 class LanguageModel:
     """A model ready to run, never changed by it: threads may share it."""
@@ -202,9 +216,13 @@ class LanguageModel:
         logits: Array | None,
         state: ModelState,
         state_indices: Array | None = None,
+        cu_seqlens: Array | None = None,
     ) -> None:
         """Runs (batch, seqlen) ids, from `state` on, which is updated.
 
-        `logits`, written, is float32: (batch, seqlen, vocab_size), or (batch, vocab_size) for the
-        last position alone.
+        `logits`, written, is float32: (batch, seqlen, vocab_size), or (rows, vocab_size) for the
+        last position of each row alone. With `cu_seqlens`, int32, batch is 1 and each sequence
+        packed in it is a row.
         """
+    def save(self, folder: str) -> None:
+        """Writes the checkpoint it was made from as transformers reads it."""
