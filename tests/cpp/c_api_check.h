@@ -23,7 +23,7 @@ static inline void check_status(ssmcore_status status, ssmcore_status expected, 
                                 const char* file, int line, const char* text) {
   const char* message = ssmcore_last_error();
   if (status == expected && (!words || strstr(message, words))) return;
-  fprintf(stderr, "%s:%d: %s gave status %d, expected %d %s\n  last error: %s\n", line, text,
+  fprintf(stderr, "%s:%d: %s gave status %d, expected %d %s\n  last error: %s\n", file, line, text,
           status, expected, words ? words : "", message);
   exit(1);
 }
