@@ -127,15 +127,21 @@ def test_causal_conv1d(context: ctypes.c_void_p, sequences: str) -> None:
         inputs["cu_seqlens"] = CU_SEQLENS
     if sequences == "numbered":
         inputs["seq_idx"] = np.repeat(np.array([[0, -1, 5]], np.int32), (20, 7, 40), axis=1)
-    expected = ops.causal_conv1d(**inputs, return_final_state=sequences != "numbered")
-    out, final_state = expected if isinstance(expected, tuple) else (expected, None)
-    results = {"out": np.empty_like(out)}
-    if final_state is not None:
-        results["final_state"] = np.empty_like(final_state)
-    c.call("causal_conv1d_fwd", context, **{**inputs, "activation": 1}, **results)
-    assert_same_bits(results["out"], out)
-    if final_state is not None:
-        assert_same_bits(results["final_state"], final_state)
+    expected = ops.causal_conv1d(**inputs)
+    out = np.empty_like(expected)
+    c.call("causal_conv1d_fwd", context, **{**inputs, "activation": 1}, out=out)
+    assert_same_bits(out, expected)
+
+
+def test_causal_conv1d_with_slots(context: ctypes.c_void_p) -> None:
+    inputs = {**ConvCase().inputs(), "activation": None}
+    expected, final_state = ops.causal_conv1d(**inputs, return_final_state=True)
+    states = inputs["initial_state"][::-1].copy()
+    out, indices = np.empty_like(expected), np.array([1, 0], np.int32)
+    inputs |= {"initial_state": states, "final_state": states, "state_indices": indices}
+    c.call("causal_conv1d_fwd", context, **inputs, out=out)
+    assert_same_bits(out, expected)
+    assert_same_bits(states[::-1], final_state)
 
 
 @pytest.mark.parametrize("circular", [False, True])
