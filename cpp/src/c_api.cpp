@@ -3,6 +3,7 @@
 #include "ssmcore/c_api.h"
 
 #include "c_api_call.h"
+#include "ssmcore/version.h"
 
 namespace ssmcore::c_api {
 namespace {

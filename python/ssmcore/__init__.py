@@ -11,6 +11,7 @@ Every failure is an `Error`.
 from ssmcore import ops
 from ssmcore._core import __version__, num_threads, set_num_threads
 from ssmcore.errors import BackendError, Error, InvalidArgumentError
+from ssmcore.library import get_library
 from ssmcore.loading import load
 from ssmcore.model import Model
 from ssmcore.scoring import Score
@@ -22,6 +23,7 @@ __all__ = [
     "Model",
     "Score",
     "__version__",
+    "get_library",
     "load",
     "num_threads",
     "ops",
