@@ -3,7 +3,7 @@
 #include <string.h>
 
 #include "c_api_check.h"
-#include "ssmcore/c_api.h" /* first, since it needs no other header */
+#include "ssmcore/c_api.h"
 
 /* A product of a 2 x 3 and a 2 x 3 matrix, (1 2 3; 4 5 6) and (1 0 2; 0 1 -1). */
 typedef struct {
