@@ -11,6 +11,7 @@ holds the operators. Every failure is an `Error`.
 from ssmcore import ops
 from ssmcore._core import __version__, num_threads, set_num_threads
 from ssmcore.errors import BackendError, Error, InvalidArgumentError
+from ssmcore.library import get_library
 from ssmcore.loading import load, save
 from ssmcore.model import Model
 from ssmcore.scoring import Score
@@ -24,6 +25,7 @@ __all__ = [
     "Score",
     "State",
     "__version__",
+    "get_library",
     "load",
     "num_threads",
     "ops",
