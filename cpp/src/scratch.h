@@ -43,18 +43,24 @@ class Scratch {
   char *begin_, *next_;
 };
 
-// The workers that this many bytes have room for: the pool may have grown since its size was asked.
-__attribute__((always_inline)) inline int workers_with_scratch(size_t bytes,
-                                                               size_t bytes_per_worker,
-                                                               const Context& context) {
-  const size_t room = bytes / bytes_per_worker;
-  const size_t threads = static_cast<size_t>(context.num_threads());
-  return static_cast<int>(room < threads ? room : threads);
+// Workers that a loop of so many multiply-adds is worth waking: each wake-up costs
+// about what a worker does in a microsecond or two.
+__attribute__((always_inline)) inline int useful_workers(int64_t multiply_adds,
+                                                         const Context& context) {
+  constexpr int64_t kPerWorker = 1 << 17;
+  const int64_t workers = 1 + multiply_adds / kPerWorker;
+  const int threads = context.num_threads();
+  return workers < threads ? static_cast<int>(workers) : threads;
 }
 
+// The same, but no more than the workspace has room for: the pool may have grown since its size was
+// asked.
 __attribute__((always_inline)) inline int workers_with_scratch(const Exec& exec,
-                                                               size_t bytes_per_worker) {
-  return workers_with_scratch(exec.workspace_bytes, bytes_per_worker, exec.context);
+                                                               size_t bytes_per_worker,
+                                                               int64_t multiply_adds) {
+  const size_t room = exec.workspace_bytes / bytes_per_worker;
+  const size_t useful = static_cast<size_t>(useful_workers(multiply_adds, exec.context));
+  return static_cast<int>(room < useful ? room : useful);
 }
 
 }  // namespace ssmcore

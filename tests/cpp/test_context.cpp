@@ -106,5 +106,6 @@ TEST_CASE("Context: SSMCORE_ISA names the instruction set, up to the machine's b
   }
   const WithEnvironment set("SSMCORE_ISA", "sse9");
   check_error(ErrorCode::invalid_argument,
-              "SSMCORE_ISA is 'sse9', expected baseline, avx2 or avx512", [] { Context(); });
+              "SSMCORE_ISA is 'sse9', expected baseline, avx2, avx512 or avx512_bf16",
+              [] { Context(); });
 }

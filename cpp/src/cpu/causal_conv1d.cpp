@@ -184,7 +184,9 @@ void causal_conv1d_fwd(const CausalConv1dFwdParams& p, const Exec& exec) {
   const Rows rows{p.cu_seqlens, p.state_indices, p.seqlen};
   const size_t bytes = Workspace::bytes(p);
   exec.context.thread_pool().parallel_for(
-      p.rows * tasks_per_row, workers_with_scratch(exec, bytes), [&](int64_t task, int worker) {
+      p.rows * tasks_per_row,
+      workers_with_scratch(exec, bytes, p.rows * p.dim * p.seqlen * p.width),
+      [&](int64_t task, int worker) {
         Scratch scratch(static_cast<char*>(exec.workspace) + worker * bytes);
         const Workspace workspace(p, scratch);
         const int64_t index = task / tasks_per_row, begin = task % tasks_per_row * kTaskDim;

@@ -2,6 +2,7 @@
 #include <type_traits>
 
 #include "../embedding_params.h"
+#include "../scratch.h"
 #include "../thread_pool.h"
 #include "row.h"
 #include "ssmcore/context.h"
@@ -32,7 +33,8 @@ size_t embedding_workspace_size(const EmbeddingParams&, const Context&) {
 void embedding(const EmbeddingParams& p, const Exec& exec) {
   const int64_t row_bytes = p.weight_row_stride * static_cast<int64_t>(dtype_size(p.weight_dtype));
   exec.context.thread_pool().parallel_for(
-      (p.rows + kTaskRows - 1) / kTaskRows, exec.context.num_threads(), [&](int64_t task, int) {
+      (p.rows + kTaskRows - 1) / kTaskRows, useful_workers(p.rows * p.d_model, exec.context),
+      [&](int64_t task, int) {
         const int64_t begin = task * kTaskRows, end = min(begin + kTaskRows, p.rows);
         for (int64_t row = begin; row < end; ++row) {
           const int64_t id =

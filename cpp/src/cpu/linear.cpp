@@ -131,16 +131,16 @@ void linear_with(const LinearParams& p, const Exec& exec) {
     Product::stage(row_of(p.x, p.dtype, row), p.dtype, p.x.stride[1], p.in_features, staged);
   };
   ThreadPool& pool = exec.context.thread_pool();
-  const int threads = exec.context.num_threads();
+  const int workers = useful_workers(p.rows * p.in_features * p.out_features, exec.context);
   const bool few_rows = p.rows <= kMaxRows;
-  pool.parallel_for(p.rows, few_rows ? 1 : threads, stage_row);
+  pool.parallel_for(p.rows, few_rows ? 1 : workers, stage_row);
 
   const int64_t panel_outputs = few_rows ? kFewRowsPanel : kPanel;
   const int64_t prefetch_distance =
       few_rows ? kPrefetchedGroups * kMaxOutputs * p.weight_row_stride : 0;
   const int64_t panels = (p.out_features + panel_outputs - 1) / panel_outputs;
   const int64_t blocks = (p.rows + kBlockRows - 1) / kBlockRows;
-  pool.parallel_for(panels * blocks, threads, [&](int64_t task, int) {
+  pool.parallel_for(panels * blocks, workers, [&](int64_t task, int) {
     const int64_t first_row = task % blocks * kBlockRows;
     const int64_t end_row = min(first_row + kBlockRows, p.rows);
     const int64_t begin = task / blocks * panel_outputs;

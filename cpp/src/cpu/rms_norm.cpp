@@ -75,7 +75,7 @@ size_t rms_norm_fwd_workspace_size(const RmsNormFwdParams& p, const Context& con
 void rms_norm_fwd(const RmsNormFwdParams& p, const Exec& exec) {
   const size_t bytes = Workspace::bytes(p);
   exec.context.thread_pool().parallel_for(
-      (p.rows + kTaskRows - 1) / kTaskRows, workers_with_scratch(exec, bytes),
+      (p.rows + kTaskRows - 1) / kTaskRows, workers_with_scratch(exec, bytes, p.rows * p.dim),
       [&](int64_t task, int worker) {
         Scratch scratch(static_cast<char*>(exec.workspace) + worker * bytes);
         const Workspace w(p, scratch);

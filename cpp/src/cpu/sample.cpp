@@ -141,8 +141,9 @@ size_t sample_workspace_size(const SampleParams& p, const Context& context) {
 }
 
 void sample(const SampleParams& p, const Exec& exec) {
+  constexpr int64_t kPerCandidate = 50;  // multiply-adds that one exponential is worth
   const size_t bytes = Workspace::bytes(p);
-  const int workers = workers_with_scratch(exec, bytes);
+  const int workers = workers_with_scratch(exec, bytes, p.batch * p.vocab_size * kPerCandidate);
   exec.context.thread_pool().parallel_for(p.batch, workers, [&](int64_t b, int worker) {
     Scratch scratch(static_cast<char*>(exec.workspace) + worker * bytes);
     const Workspace w(p, scratch);

@@ -255,8 +255,11 @@ void selective_scan_fwd(const SelectiveScanFwdParams& p, const Exec& exec) {
   const Rows rows{p.cu_seqlens, p.state_indices, p.seqlen};
 
   const size_t bytes = Workspace::bytes(p);
+  constexpr int64_t kPerState = 10;  // multiply-adds for one state's step
+  const int64_t work = heads * p.headdim * p.seqlen * p.dstate * kPerState;
   exec.context.thread_pool().parallel_for(
-      heads * tasks_per_head, workers_with_scratch(exec, bytes), [&](int64_t index, int worker) {
+      heads * tasks_per_head, workers_with_scratch(exec, bytes, work),
+      [&](int64_t index, int worker) {
         Scratch scratch(static_cast<char*>(exec.workspace) + worker * bytes);
         const Workspace workspace(p, scratch);
         const int64_t head = index / tasks_per_head, row = head / p.nheads;

@@ -87,7 +87,8 @@ void selective_scan_fwd_float64(const SelectiveScanFwdParams& params, const Exec
   const size_t bytes = state_bytes(params);
   const int64_t channels = params.nheads * params.headdim;
   exec.context.thread_pool().parallel_for(
-      params.rows * channels, workers_with_scratch(exec, bytes), [&](int64_t task, int worker) {
+      params.rows * channels, workers_with_scratch(exec, bytes, INT64_MAX - 1),
+      [&](int64_t task, int worker) {
         const int64_t channel = task % channels;
         auto* state =
             reinterpret_cast<double*>(static_cast<char*>(exec.workspace) + worker * bytes);
