@@ -44,48 +44,16 @@ json read_json(const fs::path& path) {
   return parse_json_object(file.text(), source_of(path));
 }
 
-// As in transformers, generation_config.json replaces the ids of config.json even where it names
-// none.
-ModelConfig read_config(const fs::path& folder) {
-  const fs::path path = folder / kConfig, generation_path = folder / kGenerationConfig;
-  ModelConfig config = read_model_config(read_json(path), source_of(path));
-  if (is_there(generation_path)) {
-    const json eos_token_id = read_json(generation_path).value("eos_token_id", json());
-    config.eos_token_ids =
-        read_eos_token_ids(eos_token_id, config.vocab_size, source_of(generation_path));
-  }
-  return config;
-}
-
 bool is_plain_file_name(const std::string& name) {
   return !name.empty() && name != "." && name != ".." &&
          name.find_first_of(std::string("/\\\0", 3)) == std::string::npos;
-}
-
-// {"weight_map": {tensor name: file name}}: the tensor names of each file.
-std::map<std::string, std::vector<std::string>> read_index(const fs::path& path) {
-  const json index = read_json(path);
-  const auto weight_map = index.find("weight_map");
-  if (weight_map == index.end() || !weight_map->is_object()) {
-    fail(ErrorCode::invalid_checkpoint, path, "expected an object \"weight_map\"");
-  }
-  std::map<std::string, std::vector<std::string>> shards;
-  for (const auto& [name, file] : weight_map->items()) {
-    if (!file.is_string() || !is_plain_file_name(file.get<std::string>())) {
-      fail(ErrorCode::invalid_checkpoint, path,
-           "tensor " + shown(name) + ": expected the name of a file in the folder, got " +
-               shown(file));
-    }
-    shards[file.get<std::string>()].push_back(name);
-  }
-  return shards;
 }
 
 // Tensors that a shard holds and the index does not list for it are left out.
 TensorMap open_shards(const fs::path& folder) {
   TensorMap all;
   const auto owners = std::make_shared<std::vector<std::shared_ptr<const void>>>();
-  for (const auto& [file, names] : read_index(folder / kIndex)) {
+  for (const auto& [file, names] : open_shard_index((folder / kIndex).string())) {
     TensorMap shard = open_safetensors((folder / file).string());
     for (const std::string& name : names) {
       const auto tensor = shard.tensors.find(name);
@@ -113,12 +81,43 @@ TensorMap open_weights(const fs::path& folder) {
 
 }  // namespace
 
-Checkpoint open_checkpoint(const std::string& folder) {
+ModelConfig open_model_config(const std::string& folder) {
   std::error_code error;
   const fs::file_status status = fs::status(folder, error);
   if (error) fail(ErrorCode::not_found, folder, error.message());
   if (!fs::is_directory(status)) fail(ErrorCode::not_found, folder, "is not a folder");
-  return {read_config(folder), open_weights(folder)};
+  const fs::path path = fs::path(folder) / kConfig;
+  const fs::path generation_path = fs::path(folder) / kGenerationConfig;
+  ModelConfig config = read_model_config(read_json(path), source_of(path));
+  // As in transformers, it replaces the ids of config.json even where it names none.
+  if (is_there(generation_path)) {
+    const json eos_token_id = read_json(generation_path).value("eos_token_id", json());
+    config.eos_token_ids =
+        read_eos_token_ids(eos_token_id, config.vocab_size, source_of(generation_path));
+  }
+  return config;
+}
+
+std::map<std::string, std::vector<std::string>> open_shard_index(const std::string& path) {
+  const json index = read_json(path);
+  const auto weight_map = index.find("weight_map");
+  if (weight_map == index.end() || !weight_map->is_object()) {
+    fail(ErrorCode::invalid_checkpoint, path, "expected an object \"weight_map\"");
+  }
+  std::map<std::string, std::vector<std::string>> shards;
+  for (const auto& [name, file] : weight_map->items()) {
+    if (!file.is_string() || !is_plain_file_name(file.get<std::string>())) {
+      fail(ErrorCode::invalid_checkpoint, path,
+           "tensor " + shown(name) + ": expected the name of a file in the folder, got " +
+               shown(file));
+    }
+    shards[file.get<std::string>()].push_back(name);
+  }
+  return shards;
+}
+
+Checkpoint open_checkpoint(const std::string& folder) {
+  return {open_model_config(folder), open_weights(folder)};
 }
 
 }  // namespace ssmcore

@@ -35,7 +35,7 @@ Isa chosen_isa() {
   const Isa best = detect_isa();
   const char* name = std::getenv("SSMCORE_ISA");
   if (!name || !*name) return best;
-  for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+  for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16}) {
     if (std::strcmp(name, isa_name(isa)) != 0) continue;
     if (isa > best)
       throw Error(ErrorCode::unsupported, std::string("SSMCORE_ISA is ") + name +
@@ -43,8 +43,8 @@ Isa chosen_isa() {
                                               isa_name(best));
     return isa;
   }
-  throw Error(ErrorCode::invalid_argument,
-              std::string("SSMCORE_ISA is '") + name + "', expected baseline, avx2 or avx512");
+  throw Error(ErrorCode::invalid_argument, std::string("SSMCORE_ISA is '") + name +
+                                               "', expected baseline, avx2, avx512 or avx512_bf16");
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 #include "ssmcore/language_model.h"
 
 #include <algorithm>
-#include <cstring>
+#include <numeric>
 
 #include "checks.h"
 #include "mixer.h"
@@ -37,15 +37,45 @@ std::vector<TensorView> row_views(const TensorView& tensor) {
   return views;
 }
 
-// The activations of one chunk.
-struct Activations {
-  TensorView residual, normed, hidden;  // (batch, length, d_model)
+// Contiguous (batch, seqlen, n) as (batch · seqlen, n).
+TensorView flat(const TensorView& tensor) {
+  return row_views(tensor).front();
+}
 
-  Activations(int64_t batch, int64_t length, int64_t d_model, DType dtype, Device device,
-              Scratch& scratch)
-      : residual(scratch.tensor(DType::float32, {batch, length, d_model}, device)),
-        normed(scratch.tensor(dtype, {batch, length, d_model}, device)),
-        hidden(scratch.tensor(dtype, {batch, length, d_model}, device)) {}
+int32_t entry(const TensorView& list, int64_t i) {
+  return list.as<const int32_t>()[i * list.strides[0]];
+}
+
+// The packed sequences of one chunk, none of them empty: at most one for each token.
+struct PackedChunk {
+  TensorView cu_seqlens, state_indices;  // as in MixerFwdArgs
+  TensorView last_positions;             // of those that end in the chunk
+
+  PackedChunk(int64_t length, Device device, Scratch& scratch)
+      : cu_seqlens(scratch.tensor(DType::int32, {length + 1}, device)),
+        state_indices(scratch.tensor(DType::int32, {length}, device)),
+        last_positions(scratch.tensor(DType::int32, {length}, device)) {}
+
+  // Cuts tokens [begin, begin + length) out of `all`, of which `row` is the first sequence that has
+  // not ended before. Returns the first that does not end within.
+  int64_t fill(const LanguageModelFwdArgs& all, int64_t row, int64_t begin, int64_t length) {
+    const auto append = [](TensorView& list, int64_t value) {
+      list.as<int32_t>()[list.shape[0]++] = static_cast<int32_t>(value);
+    };
+    for (TensorView* list : {&cu_seqlens, &state_indices, &last_positions}) list->shape[0] = 0;
+    append(cu_seqlens, 0);
+    for (; row < all.cu_seqlens.shape[0] - 1; ++row) {
+      const int64_t from = std::max<int64_t>(entry(all.cu_seqlens, row) - begin, 0);
+      const int64_t to = entry(all.cu_seqlens, row + 1) - begin;
+      if (from >= length) break;
+      if (from == to) continue;
+      append(cu_seqlens, std::min(to, length));
+      append(state_indices, all.state_indices ? entry(all.state_indices, row) : row);
+      if (to > length) break;
+      append(last_positions, to - 1);
+    }
+    return row;
+  }
 };
 
 // residual += hidden; normed = norm(residual). Without hidden there is nothing to add.
@@ -67,37 +97,16 @@ struct LanguageModel::Layer {
   std::unique_ptr<Mixer> mixer;
 };
 
-size_t ModelState::nbytes() const {
-  return buffer_.bytes();
-}
+// The activations of one chunk.
+struct LanguageModel::Activations {
+  TensorView residual, normed, hidden;  // (batch, length, d_model)
 
-void ModelState::check_slot(const char* name, int64_t slot) const {
-  Checks("model_state", {}).require(slot >= 0 && slot < num_slots_, [&] {
-    return std::string(name) + " is " + std::to_string(slot) + ", the state has " +
-           std::to_string(num_slots_) + " slots";
-  });
-}
-
-void ModelState::reset_slot(int64_t slot) {
-  check_slot("slot", slot);
-  for (const auto& layer : tensors_)
-    for (const TensorView& tensor : layer) {
-      const TensorView row = tensor.select(0, slot);
-      std::memset(row.data, 0, static_cast<size_t>(row.numel()) * dtype_size(row.dtype));
-    }
-}
-
-void ModelState::copy_slot(int64_t from, int64_t to) {
-  check_slot("from", from);
-  check_slot("to", to);
-  if (from == to) return;
-  for (const auto& layer : tensors_)
-    for (const TensorView& tensor : layer) {
-      const TensorView source = tensor.select(0, from);
-      std::memcpy(tensor.select(0, to).data, source.data,
-                  static_cast<size_t>(source.numel()) * dtype_size(source.dtype));
-    }
-}
+  Activations(int64_t batch, int64_t length, int64_t d_model, DType dtype, Device device,
+              Scratch& scratch)
+      : residual(scratch.tensor(DType::float32, {batch, length, d_model}, device)),
+        normed(scratch.tensor(dtype, {batch, length, d_model}, device)),
+        hidden(scratch.tensor(dtype, {batch, length, d_model}, device)) {}
+};
 
 LanguageModel::LanguageModel(const Checkpoint& checkpoint, const Context& context,
                              const LoadOptions& options)
@@ -136,140 +145,169 @@ LanguageModel::~LanguageModel() = default;
 LanguageModel::LanguageModel(LanguageModel&&) noexcept = default;
 
 ModelState LanguageModel::new_state(int64_t num_slots) const {
-  Checks("language_model", {}).require(num_slots > 0, [&] {
-    return "num_slots is " + std::to_string(num_slots) + ", expected at least 1";
-  });
-  ModelState state;
-  state.num_slots_ = num_slots;
-  state.model_ = layers_.data();
-  // Placed nowhere first, for the size, then in the memory.
-  const auto place = [&](Scratch scratch) {
-    state.tensors_.clear();
-    for (const Layer& layer : layers_) {
-      state.tensors_.emplace_back();
-      for (const StateSpec& spec : layer.mixer->state_specs())
-        state.tensors_.back().push_back(scratch.tensor(
-            spec.dtype, {num_slots, spec.shape[0], spec.shape[1]}, allocator_->device()));
-    }
-    return scratch.used();
-  };
-  state.buffer_ = Buffer(*allocator_, place(Scratch::nowhere()), "the states of a model");
-  place(Scratch(state.buffer_.data()));
-  std::memset(state.buffer_.data(), 0, state.buffer_.bytes());
-  return state;
+  std::vector<std::vector<StateSpec>> states;
+  for (const Layer& layer : layers_) states.push_back(layer.mixer->state_specs());
+  return ModelState(states, num_slots, *allocator_, layers_.data());
 }
 
 size_t LanguageModel::workspace_size(int64_t batch, int64_t seqlen, const Context& context) const {
-  const Device device = context.device();
-  const int64_t d_model = config().d_model;
-  const auto for_length = [&](int64_t length) {
-    Scratch scratch = Scratch::nowhere();
-    const Activations at(batch, length, d_model, dtype_, device, scratch);
-    const TensorView hidden = at.hidden.select(0, 0), residual = at.residual.select(0, 0);
-    size_t largest = rms_norm_fwd_workspace_size(
-        add_and_norm(hidden, residual, norm_f_, config().norm_eps, at.normed.select(0, 0)),
-        context);
-    for (const Layer& layer : layers_) {
-      // A state of the right shape, of which only the shape matters.
-      Scratch nowhere = Scratch::nowhere();
-      std::vector<TensorView> states;
-      for (const StateSpec& spec : layer.mixer->state_specs())
-        states.push_back(nowhere.tensor(spec.dtype, {batch, spec.shape[0], spec.shape[1]}, device));
-      const MixerFwdArgs args{at.normed, at.hidden, states.data(), {}};
-      largest = std::max(largest, layer.mixer->workspace_size(args, context));
-    }
-    for (const int64_t rows : {batch, length, batch * length}) {
-      TensorView x = at.normed.select(0, 0),
-                 logits(hidden.data, DType::float32, {rows, config().vocab_size}, device);
-      x.shape[0] = rows;
-      largest = std::max(largest, linear_workspace_size({x, head_, {}, logits}, context));
-    }
-    return scratch.used() + largest;
-  };
   // A shorter last chunk may need more than a whole one: other algorithms serve few rows.
   const int64_t chunk = chunk_length(batch, seqlen), last = seqlen % chunk;
-  return std::max(for_length(chunk), last > 0 ? for_length(last) : 0);
+  return std::max(chunk_workspace_size(batch, chunk, context),
+                  last > 0 ? chunk_workspace_size(batch, last, context) : 0);
+}
+
+size_t LanguageModel::chunk_workspace_size(int64_t batch, int64_t length,
+                                           const Context& context) const {
+  const Device device = context.device();
+  Scratch scratch = Scratch::nowhere();
+  PackedChunk(length, device, scratch);
+  const Activations at(batch, length, config().d_model, dtype_, device, scratch);
+  size_t largest = rms_norm_fwd_workspace_size(
+      add_and_norm(flat(at.hidden), flat(at.residual), norm_f_, config().norm_eps, flat(at.normed)),
+      context);
+
+  const auto add_mixers = [&](const TensorView& cu_seqlens, int64_t slots) {
+    for (const Layer& layer : layers_) {
+      Scratch nowhere = Scratch::nowhere();  // of states only the shapes matter
+      std::vector<TensorView> states;
+      for (const StateSpec& spec : layer.mixer->state_specs())
+        states.push_back(nowhere.tensor(spec.dtype, {slots, spec.shape[0], spec.shape[1]}, device));
+      const MixerFwdArgs args{at.normed, at.hidden, states.data(), {}, cu_seqlens};
+      largest = std::max(largest, layer.mixer->workspace_size(args, context));
+    }
+  };
+  const auto add_head = [&](int64_t rows) {
+    const TensorView x(at.normed.data, dtype_, {rows, config().d_model}, device);
+    const TensorView logits(at.normed.data, DType::float32, {rows, config().vocab_size}, device);
+    largest = std::max(largest, linear_workspace_size({x, head_, {}, logits}, context));
+  };
+  add_mixers({}, batch);
+  for (const int64_t rows : {batch, length, batch * length}) add_head(rows);
+  if (batch == 1 && length > 1) {  // which may be packed, up to one sequence for each token
+    std::vector<int32_t> ends(static_cast<size_t>(length) + 1);
+    std::iota(ends.begin(), ends.end(), 0);
+    add_mixers(TensorView(ends.data(), DType::int32, {length + 1}, device), length);
+    for (int64_t rows = 1; rows < length; ++rows) add_head(rows);
+  }
+  return scratch.used() + largest;
 }
 
 void LanguageModel::forward(const LanguageModelFwdArgs& args, const Exec& exec) const {
   const Context& context = exec.context;
   const Checks check("language_model", context.device());
   check.rank(args.token_ids, "token_ids", 2, "(batch, seqlen)");
-  const int64_t batch = args.token_ids.shape[0], seqlen = args.token_ids.shape[1];
-  check.input(args.token_ids, "token_ids", {{"batch", batch}, {"seqlen", seqlen}},
-              {DType::int32, DType::int64});
+  const Dim batch{"batch", args.token_ids.shape[0]}, seqlen{"seqlen", args.token_ids.shape[1]};
+  check.input(args.token_ids, "token_ids", {batch, seqlen}, {DType::int32, DType::int64});
   check.token_ids(args.token_ids, config().vocab_size);
-  const bool all_logits = args.logits.rank == 3;
+  const Dim rows{"rows", args.cu_seqlens
+                             ? check.cu_seqlens(args.cu_seqlens, batch.size, seqlen.size)
+                             : batch.size};
   const Dim vocab_size{"vocab_size", config().vocab_size};
-  if (all_logits)
-    check.output(args.logits, "logits", {{"batch", batch}, {"seqlen", seqlen}, vocab_size},
-                 {DType::float32});
+  if (args.logits.rank == 3)
+    check.output(args.logits, "logits", {batch, seqlen, vocab_size}, {DType::float32});
   else if (args.logits)
-    check.output(args.logits, "logits", {{"batch", batch}, vocab_size}, {DType::float32});
+    check.output(args.logits, "logits", {rows, vocab_size}, {DType::float32});
+  if (args.cu_seqlens && args.logits.rank == 2)
+    for (int64_t row = 0; row < rows.size; ++row)
+      check.require(entry(args.cu_seqlens, row) < entry(args.cu_seqlens, row + 1), [&] {
+        return "cu_seqlens makes sequence " + std::to_string(row) +
+               " empty, which has no last position for logits";
+      });
   check.require(args.state != nullptr, [] { return std::string("state is missing"); });
   check.require(args.state->model_ == layers_.data(),
                 [] { return std::string("state was made by another model"); });
   const int64_t slots = args.state->num_slots();
-  check.require(args.state_indices || slots == batch, [&] {
+  check.require(args.state_indices || slots == rows.size, [&] {
     return "state has " + std::to_string(slots) + " slots, expected one for each of " +
-           std::to_string(batch) + " rows, or state_indices";
+           std::to_string(rows.size) + " rows, or state_indices";
   });
-  check.state_indices(args.state_indices, batch, slots);
-  check.workspace(exec, workspace_size(batch, seqlen, context));
+  check.state_indices(args.state_indices, rows.size, slots);
+  check.workspace(exec, workspace_size(batch.size, seqlen.size, context));
 
-  const int64_t chunk = chunk_length(batch, seqlen);
-  for (int64_t t = 0; t < seqlen; t += chunk) {
-    const int64_t length = std::min(chunk, seqlen - t);
-    const bool last = t + length == seqlen;
-    TensorView logits;
-    if (all_logits)
-      logits = args.logits.slice(1, t, length);
-    else if (last && args.logits)
-      logits = args.logits.unsqueeze(1);
-    forward_chunk(args, t, length, logits, exec);
+  const int64_t chunk = chunk_length(batch.size, seqlen.size);
+  int64_t row = 0;  // packed: the first that has not ended
+  for (int64_t begin = 0; begin < seqlen.size; begin += chunk) {
+    const int64_t length = std::min(chunk, seqlen.size - begin);
+    if (args.cu_seqlens)
+      row = forward_packed_chunk(args, row, begin, length, exec);
+    else
+      forward_chunk(args, begin, length, exec);
   }
 }
 
-// Tokens [begin, begin + length) of every row. Logits, (batch, n, vocab_size), are those of the
-// chunk's last n positions; absent, the head is left out.
 void LanguageModel::forward_chunk(const LanguageModelFwdArgs& args, int64_t begin, int64_t length,
-                                  const TensorView& logits, const Exec& exec) const {
-  const int64_t batch = args.token_ids.shape[0];
+                                  const Exec& exec) const {
   Scratch scratch(exec.workspace);
-  const Activations at(batch, length, config().d_model, dtype_, exec.context.device(), scratch);
+  const Activations at(args.token_ids.shape[0], length, config().d_model, dtype_,
+                       exec.context.device(), scratch);
   const Exec rest = scratch.rest(exec);
-  const auto flat = [](const TensorView& tensor) { return row_views(tensor).front(); };
+  forward_layers(args.token_ids.slice(1, begin, length), *args.state, args.state_indices, {}, at,
+                 rest);
+  if (args.logits.rank == 3) {
+    all_logits(args.logits.slice(1, begin, length), at, rest);
+  } else if (args.logits && begin + length == args.token_ids.shape[1]) {
+    const auto last = [&](const TensorView& tensor) { return tensor.select(1, length - 1); };
+    final_norm(last(at.hidden), last(at.residual), last(at.normed), rest);
+    linear({last(at.normed), head_, {}, args.logits}, rest);
+  }
+}
 
-  const TensorView ids = args.token_ids.slice(1, begin, length);
-  if (length == 1)
-    embedding({ids.select(1, 0), embedding_, flat(at.residual)}, rest);
+int64_t LanguageModel::forward_packed_chunk(const LanguageModelFwdArgs& args, int64_t row,
+                                            int64_t begin, int64_t length, const Exec& exec) const {
+  const Device device = exec.context.device();
+  Scratch scratch(exec.workspace);
+  PackedChunk packed(length, device, scratch);
+  const int64_t next_row = packed.fill(args, row, begin, length);
+  const Activations at(1, length, config().d_model, dtype_, device, scratch);
+  const Exec rest = scratch.rest(exec);
+  const bool is_one = packed.state_indices.shape[0] == 1;  // and so a row like any other
+  forward_layers(args.token_ids.slice(1, begin, length), *args.state, packed.state_indices,
+                 is_one ? TensorView() : packed.cu_seqlens, at, rest);
+  if (args.logits.rank == 3) {
+    all_logits(args.logits.slice(1, begin, length), at, rest);
+  } else if (const int64_t num_ended = packed.last_positions.shape[0]; args.logits && num_ended) {
+    final_norm(flat(at.hidden), flat(at.residual), flat(at.normed), rest);
+    const TensorView last = at.hidden.select(0, 0).slice(0, 0, num_ended);  // no longer needed
+    embedding({packed.last_positions, at.normed.select(0, 0), last}, rest);
+    linear({last, head_, {}, args.logits.slice(0, row, num_ended)}, rest);
+  }
+  return next_row;
+}
+
+void LanguageModel::forward_layers(const TensorView& token_ids, const ModelState& state,
+                                   const TensorView& state_indices, const TensorView& cu_seqlens,
+                                   const Activations& at, const Exec& exec) const {
+  if (token_ids.shape[1] == 1)
+    embedding({token_ids.select(1, 0), embedding_, flat(at.residual)}, exec);
   else
-    for (int64_t b = 0; b < batch; ++b)
-      embedding({ids.select(0, b), embedding_, at.residual.select(0, b)}, rest);
+    for (int64_t b = 0; b < token_ids.shape[0]; ++b)
+      embedding({token_ids.select(0, b), embedding_, at.residual.select(0, b)}, exec);
 
   TensorView hidden;  // of the layer before
   for (size_t i = 0; i < layers_.size(); ++i) {
     rms_norm_fwd(add_and_norm(hidden, flat(at.residual), layers_[i].norm, config().norm_eps,
                               flat(at.normed)),
-                 rest);
+                 exec);
     layers_[i].mixer->forward(
-        {at.normed, at.hidden, args.state->tensors_[i].data(), args.state_indices}, rest);
+        {at.normed, at.hidden, state.tensors_[i].data(), state_indices, cu_seqlens}, exec);
     hidden = flat(at.hidden);
   }
-  if (!logits) return;
+}
 
-  const int64_t positions = logits.shape[1];
-  const auto tail = [&](const TensorView& tensor) {
-    return tensor.slice(1, length - positions, positions);
-  };
-  const TensorView normed = tail(at.normed);
-  rms_norm_fwd(add_and_norm(flat(tail(at.hidden)), flat(tail(at.residual)), norm_f_,
-                            config().norm_eps, flat(normed)),
-               rest);
+void LanguageModel::final_norm(const TensorView& hidden, const TensorView& residual,
+                               const TensorView& normed, const Exec& exec) const {
+  rms_norm_fwd(add_and_norm(hidden, residual, norm_f_, config().norm_eps, normed), exec);
+}
+
+void LanguageModel::all_logits(const TensorView& logits, const Activations& at,
+                               const Exec& exec) const {
+  final_norm(flat(at.hidden), flat(at.residual), flat(at.normed), exec);
   // The activations are contiguous; a chunk of the logits may not be.
   const std::vector<TensorView> out = row_views(logits);
-  if (out.size() == 1) return linear({flat(normed), head_, {}, out.front()}, rest);
-  for (int64_t b = 0; b < batch; ++b) linear({normed.select(0, b), head_, {}, out[b]}, rest);
+  if (out.size() == 1) return linear({flat(at.normed), head_, {}, out.front()}, exec);
+  for (int64_t b = 0; b < logits.shape[0]; ++b)
+    linear({at.normed.select(0, b), head_, {}, out[b]}, exec);
 }
 
 }  // namespace ssmcore

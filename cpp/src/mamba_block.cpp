@@ -7,6 +7,7 @@
 #include "scratch.h"
 #include "ssmcore/causal_conv1d.h"
 #include "ssmcore/linear.h"
+#include "ssmcore/rms_norm.h"
 #include "ssmcore/selective_scan.h"
 
 namespace ssmcore {
@@ -16,18 +17,25 @@ namespace {
 struct Plan {
   LinearArgs in_proj;
   CausalConv1dFwdArgs conv;
-  LinearArgs x_proj, dt_proj;
+  LinearArgs x_proj;
+  bool has_norms = false;
+  RmsNormFwdArgs norms[3];  // of Δ, B and C, in place
+  LinearArgs dt_proj;
   SelectiveScanFwdArgs scan;
   LinearArgs out_proj;
 
   Plan(const MambaBlockFwdArgs& args, const Context& context, Scratch& scratch);
 
   size_t largest_workspace(const Context& context) const {
-    return std::max(
+    size_t largest = std::max(
         {linear_workspace_size(in_proj, context), causal_conv1d_fwd_workspace_size(conv, context),
          linear_workspace_size(x_proj, context), linear_workspace_size(dt_proj, context),
          selective_scan_fwd_workspace_size(scan, context),
          linear_workspace_size(out_proj, context)});
+    if (has_norms)
+      for (const RmsNormFwdArgs& norm : norms)
+        largest = std::max(largest, rms_norm_fwd_workspace_size(norm, context));
+    return largest;
   }
 };
 
@@ -75,13 +83,19 @@ Plan::Plan(const MambaBlockFwdArgs& args, const Context& context, Scratch& scrat
   check.range("conv_weight: width", width.size, kMinConvWidth, kMaxConvWidth);
   check.input(weights.conv_weight, "conv_weight", {dim, width}, {dtype, DType::float32});
   check.optional(weights.conv_bias, "conv_bias", {dim}, {dtype, DType::float32});
+  check.require(weights.dt_B_C_norm_eps >= 0, [&] {
+    return "dt_B_C_norm_eps is " + std::to_string(weights.dt_B_C_norm_eps) +
+           ", expected at least 0";
+  });
+  const int64_t rows =
+      args.cu_seqlens ? check.cu_seqlens(args.cu_seqlens, batch.size, seqlen.size) : batch.size;
   for (const auto& [state, name, steps, state_dtype] :
        {std::tuple{&args.conv_state, "conv_state", Dim{"width - 1", width.size - 1}, dtype},
         std::tuple{&args.ssm_state, "ssm_state", dstate, DType::float32}}) {
     if (!*state) continue;
-    const Dim slots{"slots", args.state_indices ? state->shape[0] : batch.size};
+    const Dim slots{"slots", args.state_indices ? state->shape[0] : rows};
     check.output(*state, name, {slots, dim, steps}, {state_dtype});
-    check.state_indices(args.state_indices, batch.size, slots.size);
+    check.state_indices(args.state_indices, rows, slots.size);
   }
 
   const auto activation = [&](int64_t n) {
@@ -101,22 +115,33 @@ Plan::Plan(const MambaBlockFwdArgs& args, const Context& context, Scratch& scrat
   conv.activation = Activation::silu;
   conv.initial_state = conv.final_state = args.conv_state;
   conv.state_indices = args.state_indices;
+  conv.cu_seqlens = args.cu_seqlens;
   conv.out = channels_first(x);
 
   x_proj = {as_rows(x), weights.x_proj, {}, as_rows(delta_B_C)};
-  dt_proj = {as_rows(delta_B_C.slice(2, 0, dt_rank.size)), weights.dt_proj, {}, as_rows(delta)};
+  const TensorView low_rank_delta = delta_B_C.slice(2, 0, dt_rank.size);
+  const TensorView B = delta_B_C.slice(2, dt_rank.size, dstate.size);
+  const TensorView C = delta_B_C.slice(2, dt_rank.size + dstate.size, dstate.size);
+  has_norms = weights.dt_B_C_norm_eps > 0;
+  for (const auto& [norm, tensor] :
+       {std::pair{&norms[0], &low_rank_delta}, {&norms[1], &B}, {&norms[2], &C}}) {
+    norm->x = norm->out = as_rows(*tensor);
+    norm->eps = weights.dt_B_C_norm_eps;
+  }
+  dt_proj = {as_rows(low_rank_delta), weights.dt_proj, {}, as_rows(delta)};
 
   scan.u = channels_first(x);
   scan.delta = channels_first(delta);
   scan.A = weights.A;
-  scan.B = channels_first(delta_B_C.slice(2, dt_rank.size, dstate.size));
-  scan.C = channels_first(delta_B_C.slice(2, dt_rank.size + dstate.size, dstate.size));
+  scan.B = channels_first(B);
+  scan.C = channels_first(C);
   scan.D = weights.D;
   scan.z = channels_first(z);
   scan.delta_bias = weights.dt_bias;
   scan.delta_softplus = true;
   scan.initial_state = scan.last_state = args.ssm_state;
   scan.state_indices = args.state_indices;
+  scan.cu_seqlens = args.cu_seqlens;
   scan.out = channels_first(y);
 
   out_proj = {as_rows(y), weights.out_proj, weights.out_proj_bias, as_rows(args.out)};
@@ -139,6 +164,8 @@ void mamba_block_fwd(const MambaBlockFwdArgs& args, const Exec& exec) {
   linear(plan.in_proj, rest);
   causal_conv1d_fwd(plan.conv, rest);
   linear(plan.x_proj, rest);
+  if (plan.has_norms)
+    for (const RmsNormFwdArgs& norm : plan.norms) rms_norm_fwd(norm, rest);
   linear(plan.dt_proj, rest);
   selective_scan_fwd(plan.scan, rest);
   linear(plan.out_proj, rest);

@@ -35,6 +35,7 @@ class MambaMixer final : public Mixer {
       for (int64_t n = 0; n < dstate; ++n)
         A.as<float>()[n * dim + d] = -std::exp(A_log.as<const float>()[d * dstate + n]);
     weights_.A = A.transpose(0, 1);
+    weights_.dt_B_C_norm_eps = config.mixer_norm_eps;
   }
 
   std::vector<StateSpec> state_specs() const override { return {conv_state_, ssm_state_}; }
@@ -57,6 +58,7 @@ class MambaMixer final : public Mixer {
     block.conv_state = args.states[0].transpose(1, 2);
     block.ssm_state = args.states[1].transpose(1, 2);
     block.state_indices = args.state_indices;
+    block.cu_seqlens = args.cu_seqlens;
     return block;
   }
 

@@ -23,6 +23,7 @@ struct MixerFwdArgs {
   TensorView x, out;         // (batch, seqlen, d_model), contiguous, activation type
   const TensorView* states;  // one for each of state_specs(), (slots, ...shape)
   TensorView state_indices;  // optional (batch), int32
+  TensorView cu_seqlens;  // optional (sequences + 1), int32: packed; they are the rows for states
 };
 
 class Mixer {

@@ -20,6 +20,9 @@ constexpr int64_t kMaxLayers = 100'000;
 constexpr int64_t kMaxDim = int64_t{1} << 24;
 constexpr int64_t kMaxDState = int64_t{1} << 16;
 
+constexpr char kMamba[] = "mamba";
+constexpr char kFalconMamba[] = "falcon_mamba";
+
 // One object of a config.json. A field that is null is taken as absent.
 class Fields {
  public:
@@ -48,6 +51,11 @@ class Fields {
     if (!has(name)) return fallback;
     if (!at(name).is_number()) fail(name, "a number");
     return at(name).get<double>();
+  }
+  float epsilon(const char* name, double fallback) const {
+    const double value = number(name, fallback);
+    if (!(value >= 0 && value <= 1)) fail(name, "a number from 0 to 1");
+    return static_cast<float>(value);
   }
   bool flag(const char* name, bool fallback) const {
     if (!has(name)) return fallback;
@@ -85,18 +93,20 @@ class Fields {
   const std::string& source_;
 };
 
-// transformers' MambaConfig, with its defaults.
+// transformers' MambaConfig or FalconMambaConfig, with their defaults, which are the same.
 ModelConfig read_transformers_config(const json& object, const std::string& source) {
   const Fields fields(object, source);
-  if (fields.at("model_type") != "mamba") {
-    fields.fail("model_type", "a known model type (known: mamba)");
+  const bool is_falcon = fields.at("model_type") == kFalconMamba;
+  if (!is_falcon && fields.at("model_type") != kMamba) {
+    fields.fail("model_type",
+                std::string("a known model type (known: ") + kMamba + ", " + kFalconMamba + ")");
   }
   const std::string hidden_act = fields.string("hidden_act", "silu");
   if (hidden_act != "silu" && hidden_act != "swish") fields.fail("hidden_act", "silu or swish");
 
   ModelConfig config;
   config.format = CheckpointFormat::transformers;
-  config.model_type = "mamba";
+  config.model_type = is_falcon ? kFalconMamba : kMamba;
   config.d_model = fields.size("hidden_size", 768, kMaxDim);
   config.vocab_size = fields.size("vocab_size", 50280, kMaxVocabSize);
   config.padded_vocab_size = config.vocab_size;
@@ -107,9 +117,12 @@ ModelConfig read_transformers_config(const json& object, const std::string& sour
   config.dstate = fields.size("state_size", 16, kMaxDState);
   config.width = fields.integer("conv_kernel", 4, kMinConvWidth, kMaxConvWidth);
   config.dt_rank = fields.dt_rank("time_step_rank", config.d_model);
-  const double norm_eps = fields.number("layer_norm_epsilon", 1e-5);
-  if (!(norm_eps >= 0 && norm_eps <= 1)) fields.fail("layer_norm_epsilon", "a number from 0 to 1");
-  config.norm_eps = static_cast<float>(norm_eps);
+  config.norm_eps = fields.epsilon("layer_norm_epsilon", 1e-5);
+  if (is_falcon) {
+    config.mixer_norm_eps = fields.epsilon("mixer_rms_eps", 1e-6);
+    // There 0 says that there are no norms.
+    if (config.mixer_norm_eps == 0) fields.fail("mixer_rms_eps", "a number above 0");
+  }
   config.use_bias = fields.flag("use_bias", false);
   config.use_conv_bias = fields.flag("use_conv_bias", true);
   config.tie_embeddings = fields.flag("tie_word_embeddings", true);
@@ -140,7 +153,7 @@ ModelConfig read_upstream_config(const json& object, const std::string& source) 
 
   ModelConfig config;
   config.format = CheckpointFormat::upstream;
-  config.model_type = "mamba";
+  config.model_type = kMamba;
   config.d_model = fields.size("d_model", 0, kMaxDim);
   config.vocab_size = fields.size("vocab_size", 50277, kMaxVocabSize);
   const int64_t multiple = fields.size("pad_vocab_size_multiple", 8, kMaxVocabSize);

@@ -96,14 +96,15 @@ void ThreadPool::run(int64_t num_tasks, int max_workers, const void* body, TaskF
   num_tasks_ = num_tasks;
   max_workers_ = max_workers;
   next_task_ = 0;
-  busy_workers_ = static_cast<int>(workers_.size());
+  joined_.store(kOpen, std::memory_order_release);
   {
     std::lock_guard<std::mutex> wake_lock(wake_mutex_);
     ++generation_;
   }
   wake_.notify_all();
   run_tasks(0);
-  const auto all_done = [&] { return busy_workers_.load(std::memory_order_acquire) == 0; };
+  joined_.fetch_and(~kOpen, std::memory_order_relaxed);
+  const auto all_done = [&] { return joined_.load(std::memory_order_acquire) == 0; };
   while (!spin_until(all_done)) std::this_thread::yield();
 }
 
@@ -115,6 +116,13 @@ void ThreadPool::run_tasks(int worker) {
   }
 }
 
+bool ThreadPool::join() {
+  uint32_t joined = joined_.load(std::memory_order_relaxed);
+  while (joined & kOpen)
+    if (joined_.compare_exchange_weak(joined, joined + 1, std::memory_order_acquire)) return true;
+  return false;
+}
+
 void ThreadPool::work(int worker, uint64_t seen) {
   for (;;) {
     const auto called = [&] { return generation_.load(std::memory_order_acquire) != seen; };
@@ -122,10 +130,11 @@ void ThreadPool::work(int worker, uint64_t seen) {
       std::unique_lock<std::mutex> lock(wake_mutex_);
       wake_.wait(lock, called);
     }
-    ++seen;
+    seen = generation_.load(std::memory_order_acquire);
     if (stopping_) return;
+    if (!join()) continue;
     if (worker < max_workers_) run_tasks(worker);
-    busy_workers_.fetch_sub(1, std::memory_order_release);
+    joined_.fetch_sub(1, std::memory_order_release);
   }
 }
 

@@ -21,8 +21,9 @@ class ThreadPool {
   void set_num_threads(int num_threads);
 
   // Calls body(task, worker) once for every task in [0, num_tasks); `worker`, in
-  // [0, max_workers), is unique among the calls running at one time. Tasks must not throw. When
-  // another thread is using the pool, the caller runs all tasks itself.
+  // [0, max_workers), is unique among the calls running at one time. Tasks must neither throw nor
+  // use the pool. When another thread is using it, the caller runs all tasks itself; and it never
+  // waits for a worker that is slow to wake.
   template <typename Body>
   void parallel_for(int64_t num_tasks, int max_workers, const Body& body) {
     run(num_tasks, max_workers, &body, [](const void* f, int64_t task, int worker) {
@@ -36,6 +37,7 @@ class ThreadPool {
   void run(int64_t num_tasks, int max_workers, const void* body, TaskFn call);
   void run_tasks(int worker);
   void work(int worker, uint64_t seen);
+  bool join();
   void start(int num_threads);
   void stop();
 
@@ -49,7 +51,9 @@ class ThreadPool {
   int64_t num_tasks_ = 0;
   int max_workers_ = 0;
   std::atomic<int64_t> next_task_{0};
-  std::atomic<int> busy_workers_{0};
+  // The loop that is open to workers: how many have joined it, and whether more may.
+  static constexpr uint32_t kOpen = 1u << 31;
+  std::atomic<uint32_t> joined_{0};
 
   std::mutex wake_mutex_;
   std::condition_variable wake_;

@@ -86,6 +86,12 @@ void convert(const char* from, DType dtype, int64_t count, float* to) {
 
 }  // namespace
 
+std::string transformers_name(const std::string& name) {
+  for (const FieldName& entry : kFieldNames)  // no name within a layer differs
+    if (entry.stored[1] && name == entry.stored[1]) return entry.stored[0];
+  return name;
+}
+
 TensorView WeightLoader::take(const std::string& field, int64_t layer,
                               std::initializer_list<int64_t> shape) {
   const std::vector<std::string> names = stored_names(field, layer);

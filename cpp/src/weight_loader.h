@@ -12,6 +12,9 @@
 
 namespace ssmcore {
 
+// How transformers names what a checkpoint holds under `name`.
+std::string transformers_name(const std::string& name);
+
 // Takes tensors out of a checkpoint by the names of the model's fields, checks them, and converts
 // those that are not used as stored. Fields of a layer are named within it ("mixer.D").
 class WeightLoader {

@@ -57,12 +57,13 @@ std::unique_ptr<LanguageModel> make_model(const Checkpoint& checkpoint, const st
 }
 
 void forward(const LanguageModel& model, py::handle token_ids, py::handle logits, ModelState& state,
-             py::handle state_indices) {
+             py::handle state_indices, py::handle cu_seqlens) {
   const auto array = [](py::handle object, const char* name) {
     return object.is_none() ? Borrowed() : borrow(object, std::string("language_model: ") + name);
   };
   const Borrowed ids = array(token_ids, "token_ids"), out = array(logits, "logits"),
-                 indices = array(state_indices, "state_indices");
+                 indices = array(state_indices, "state_indices"),
+                 packed = array(cu_seqlens, "cu_seqlens");
   if (out.read_only)
     throw Error(ErrorCode::invalid_argument,
                 "language_model: logits is read-only, but would be written");
@@ -70,7 +71,7 @@ void forward(const LanguageModel& model, py::handle token_ids, py::handle logits
     throw Error(ErrorCode::invalid_argument, "language_model: token_ids has shape " +
                                                  ids.view.shape_string() +
                                                  ", expected (batch, seqlen)");
-  const LanguageModelFwdArgs args{ids.view, {}, &state, indices.view, out.view};
+  const LanguageModelFwdArgs args{ids.view, packed.view, &state, indices.view, out.view};
   const Context& context = cpu_context();
   const py::gil_scoped_release release;
   // Sizes of 0 are left to forward() to refuse.
@@ -80,6 +81,10 @@ void forward(const LanguageModel& model, py::handle token_ids, py::handle logits
       empty ? 0 : model.workspace_size(ids.view.shape[0], ids.view.shape[1], context),
       "a model's activations");
   model.forward(args, Exec{context, nullptr, workspace.data(), workspace.bytes()});
+}
+
+void save_model(const LanguageModel& model, const std::string& folder) {
+  save_checkpoint(model.checkpoint(), folder);
 }
 
 const char* format_name(const ModelConfig& config) {
@@ -101,12 +106,14 @@ void bind_model(py::module_& module) {
       .def_readonly("width", &ModelConfig::width)
       .def_readonly("dt_rank", &ModelConfig::dt_rank)
       .def_readonly("norm_eps", &ModelConfig::norm_eps)
+      .def_readonly("mixer_norm_eps", &ModelConfig::mixer_norm_eps)
       .def_readonly("use_bias", &ModelConfig::use_bias)
       .def_readonly("use_conv_bias", &ModelConfig::use_conv_bias)
       .def_readonly("tie_embeddings", &ModelConfig::tie_embeddings)
       .def_readonly("eos_token_ids", &ModelConfig::eos_token_ids);
 
-  module.def("parse_model_config", &parse_model_config, py::arg("json_text"));
+  module.def("open_model_config", &open_model_config, py::arg("folder"));
+  module.def("open_shard_index", &open_shard_index, py::arg("path"));
 
   py::class_<Checkpoint>(module, "Checkpoint")
       .def_static("open", &open_checkpoint, py::arg("folder"),
@@ -118,8 +125,12 @@ void bind_model(py::module_& module) {
   py::class_<ModelState>(module, "ModelState")
       .def_property_readonly("num_slots", &ModelState::num_slots)
       .def_property_readonly("nbytes", &ModelState::nbytes)
+      .def("clone", &ModelState::clone)
+      .def("is_at_start", &ModelState::is_at_start, py::arg("slot"))
       .def("reset_slot", &ModelState::reset_slot, py::arg("slot"))
-      .def("copy_slot", &ModelState::copy_slot, py::arg("src"), py::arg("dst"));
+      .def("copy_slot", &ModelState::copy_slot, py::arg("src"), py::arg("dst"))
+      .def("save", [](const ModelState& state) { return py::bytes(state.save()); })
+      .def("load", &ModelState::load, py::arg("bytes"));
 
   py::class_<LanguageModel>(module, "LanguageModel")
       .def(py::init(&make_model), py::arg("checkpoint"), py::arg("dtype") = "float32")
@@ -127,8 +138,9 @@ void bind_model(py::module_& module) {
       .def_property_readonly("dtype", [](const LanguageModel& m) { return dtype_name(m.dtype()); })
       .def_property_readonly("num_parameters", &LanguageModel::num_parameters)
       .def("new_state", &LanguageModel::new_state, py::arg("num_slots") = 1)
-      .def("forward", &forward, py::arg("token_ids"), py::arg("logits") = py::none(),
-           py::arg("state"), py::arg("state_indices") = py::none());
+      .def("forward", &forward, py::arg("token_ids"), py::arg("logits"), py::arg("state"),
+           py::arg("state_indices") = py::none(), py::arg("cu_seqlens") = py::none())
+      .def("save", &save_model, py::arg("folder"), py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace ssmcore

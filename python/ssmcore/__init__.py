@@ -4,16 +4,18 @@
     model = ssmcore.load()
     print(model.generate("It is a truth universally acknowledged, that"))
 
-`load` opens a model, `Model` generates, scores and gives logits, and `ops` holds the operators.
-Every failure is an `Error`.
+`load` opens a model and `save` writes one, `Model` generates, scores and gives logits, and `ops`
+holds the operators. Every failure is an `Error`.
 """
 
 from ssmcore import ops
 from ssmcore._core import __version__, num_threads, set_num_threads
 from ssmcore.errors import BackendError, Error, InvalidArgumentError
-from ssmcore.loading import load
+from ssmcore.library import get_library
+from ssmcore.loading import load, save
 from ssmcore.model import Model
 from ssmcore.scoring import Score
+from ssmcore.state import State
 
 __all__ = [
     "BackendError",
@@ -21,9 +23,12 @@ __all__ = [
     "InvalidArgumentError",
     "Model",
     "Score",
+    "State",
     "__version__",
+    "get_library",
     "load",
     "num_threads",
     "ops",
+    "save",
     "set_num_threads",
 ]

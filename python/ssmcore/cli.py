@@ -17,6 +17,7 @@ from ssmcore.generate import Generation, GenerationSettings
 
 if TYPE_CHECKING:
     from ssmcore.model import Model
+    from ssmcore.state import State
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 _CLOSED_PIPE = 141  # 128 + SIGPIPE
@@ -70,6 +71,14 @@ def _make_parser() -> argparse.ArgumentParser:
     generate.set_defaults(run=_generate)
     generate.add_argument("prompt", nargs="?", metavar="PROMPT", help="text, or - to read stdin")
     generate.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file")
+    generate.add_argument(
+        "--state-in", metavar="FILE", help="go on after the text that --state-out has saved"
+    )
+    generate.add_argument(
+        "--state-out",
+        metavar="FILE",
+        help="save the model's state after prompt and continuation (with -n 0: after the prompt)",
+    )
     _add_settings(generate)
     generate.add_argument(
         "--json", action="store_true", help="print one JSON object with the text and the statistics"
@@ -158,9 +167,13 @@ def _generate(args: argparse.Namespace) -> None:
     names = GenerationSettings.__dataclass_fields__
     settings = GenerationSettings(**{name: getattr(args, name) for name in names})
 
-    generation = _load(args).start_generation(prompt, settings)
+    model = _load(args)
+    state = _open_state(model, args)
+    generation = model.start_generation(prompt, settings, state=state)
     pieces: list[str] = []
     statistics = _run(generation, pieces.append if args.json else _print_at_once)
+    if args.state_out is not None:
+        state.save(args.state_out)
     if args.json:
         print(json.dumps({"text": "".join(pieces), **asdict(statistics)}))
         return
@@ -168,6 +181,21 @@ def _generate(args: argparse.Namespace) -> None:
         print(flush=True)
     if not args.quiet:
         print(statistics, file=sys.stderr)
+
+
+def _open_state(model: Model, args: argparse.Namespace) -> State | None:
+    """The state to go on from and to save, if either is asked for."""
+    if args.state_in is None and args.state_out is None:
+        return None
+    # Before the work is done, not after.
+    if args.state_out is not None and not Path(args.state_out).absolute().parent.is_dir():
+        raise ssmcore.InvalidArgumentError(
+            f"generate: --state-out {args.state_out}: there is no such folder"
+        )
+    state = model.new_state()
+    if args.state_in is not None:
+        state.load(args.state_in)
+    return state
 
 
 def _run(generation: Generation, write: Callable[[str], object]) -> _Statistics:

@@ -28,7 +28,7 @@ class GenerationSettings:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    seed: int = 0
+    seed: int | Sequence[int] = 0
     stop: str | Sequence[str] | None = None
     ignore_eos: bool = False
 
@@ -46,8 +46,10 @@ class Generation:
     which can be passed on since, a str or a list of ids, possibly empty. A row's pieces join to
     its continuation.
 
-    `op` names the caller in errors. Raises InvalidArgumentError at once for a prompt that is no
-    text or token ids or has no tokens, for text without a tokenizer, and for bad settings.
+    `op` names the caller in errors. The prompts follow what `state` has read; once the iteration
+    has ended, it has read them and every chosen token too. Raises InvalidArgumentError at once for
+    a prompt that is no text or token ids or has no tokens, for text without a tokenizer, for a
+    state of another number of rows, and for bad settings.
     """
 
     def __init__(
@@ -57,24 +59,34 @@ class Generation:
         prompt: Any,
         settings: GenerationSettings,
         op: str,
+        state: _core.ModelState | None = None,
     ):
         self._language_model = language_model
         self._settings = settings
+        self._state = state
         _check_settings(settings, op)
 
         self.is_batch = _is_batch(prompt, op)
         self.is_text = isinstance(prompt, str) or (self.is_batch and _are_strings(prompt))
         rows = list(prompt) if self.is_batch else [prompt]
+        if state is not None and state.num_slots != len(rows):
+            raise InvalidArgumentError(
+                f"{op}: state has {state.num_slots} slots, expected one for each of "
+                f"{len(rows)} prompts"
+            )
         stop = settings.stop_strings
         if tokenizer is None and (self.is_text or stop):
             what = "a prompt that is text" if self.is_text else "stop"
             raise InvalidArgumentError(f"{op}: {what} needs a tokenizer, and this model has none")
         if self.is_text:
-            rows = [tokenizer.encode(row) for row in rows]
+            # Tokens that begin a text have no place within one.
+            begins = [state is None or state.is_at_start(row) for row in range(len(rows))]
+            rows = [tokenizer.encode(*row) for row in zip(rows, begins, strict=True)]
             self._continuations = [TextContinuation(tokenizer, stop) for _ in rows]
         else:
             self._continuations = [IdContinuation(tokenizer, stop) for _ in rows]
         self.prompts = [as_token_ids(row, op, "prompt", ranks=(1,)) for row in rows]
+        self._seeds = _seeds(settings.seed, len(rows), op)
 
     def collect(self) -> Any:
         """Runs to the end and returns the continuations, in the prompt's kind."""
@@ -86,12 +98,8 @@ class Generation:
 
     def __iter__(self) -> Iterator[tuple[int, str | list[int]]]:
         model, settings = self._language_model, self._settings
-        state = model.new_state(len(self.prompts))
-        logits = np.empty((len(self.prompts), model.config.vocab_size), np.float32)
-        for slot, prompt in enumerate(self.prompts):
-            index = np.array([slot], np.int32)
-            model.forward(prompt[np.newaxis], logits[slot : slot + 1], state, index)
-
+        state = self._state or model.new_state(len(self.prompts))
+        logits = self._read_prompts(state)
         eos_token_ids = set() if settings.ignore_eos else set(model.config.eos_token_ids)
         history = _padded(self.prompts) if settings.repetition_penalty != 1 else None
         # A row is also the slot of its state; rows that have ended leave the batch.
@@ -109,24 +117,40 @@ class Generation:
                 min_p=settings.min_p,
                 repetition_penalty=settings.repetition_penalty,
                 history=history,
-                seed=settings.seed + rows.astype(np.int64),
+                seed=self._seeds[rows],
                 position=position,
             )
             is_last = position + 1 == settings.max_new_tokens
-            goes_on = np.ones(len(rows), bool)
+            goes_on = np.full(len(rows), not is_last)
             for i, (row, token_id) in enumerate(zip(rows, token_ids.tolist(), strict=True)):
                 continuation = self._continuations[row]
                 is_eos = token_id in eos_token_ids
                 piece = continuation.close() if is_eos else continuation.push(token_id)
                 if is_last and not is_eos:
                     piece += continuation.close()
-                goes_on[i] = not (is_eos or continuation.stopped)
+                goes_on[i] &= not (is_eos or continuation.stopped)
                 yield int(row), piece
+            if self._state is not None and not goes_on.all():
+                # What is read next is no longer for this run to know, but follows all of it.
+                model.forward(token_ids[~goes_on, np.newaxis], None, state, rows[~goes_on])
             rows, token_ids = rows[goes_on], token_ids[goes_on]
             if not rows.size:
                 return
             if history is not None:
                 history = np.column_stack([history[goes_on], token_ids])
+
+    def _read_prompts(self, state: _core.ModelState) -> np.ndarray | None:
+        """Reads all prompts in one pass and returns the logits that follow, if any are needed."""
+        logits = None
+        if self._settings.max_new_tokens > 0:
+            vocab_size = self._language_model.config.vocab_size
+            logits = np.empty((len(self.prompts), vocab_size), np.float32)
+        token_ids = np.concatenate(self.prompts)[np.newaxis]
+        cu_seqlens = None
+        if len(self.prompts) > 1:
+            cu_seqlens = np.cumsum([0, *map(len, self.prompts)], dtype=np.int32)
+        self._language_model.forward(token_ids, logits, state, None, cu_seqlens)
+        return logits
 
 
 def _check_settings(settings: GenerationSettings, op: str) -> None:
@@ -136,15 +160,29 @@ def _check_settings(settings: GenerationSettings, op: str) -> None:
         raise InvalidArgumentError(
             f"{op}: max_new_tokens should be an integer of at least 0, got {limit!r}"
         )
-    seed = settings.seed
-    if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
-        raise InvalidArgumentError(f"{op}: seed should be an integer of 64 bits, got {seed!r}")
     stop = settings.stop
     is_known = stop is None or isinstance(stop, str) or _are_strings(stop)
     if not is_known or "" in settings.stop_strings:
         raise InvalidArgumentError(
             f"{op}: stop should be a str or a list of str, none of them empty, got {stop!r}"
         )
+
+
+def _seeds(seed: Any, num_rows: int, op: str) -> np.ndarray:
+    """The seed of each row: `seed` itself counted up, or its items."""
+    is_list = isinstance(seed, list | tuple | np.ndarray)
+    seeds = list(seed) if is_list else [seed]
+    if not all(isinstance(s, Integral) and -(2**63) <= s < 2**63 for s in seeds):
+        raise InvalidArgumentError(
+            f"{op}: seed should be an integer of 64 bits, or one for each row, got {seed!r}"
+        )
+    if not is_list:
+        return np.int64(seed) + np.arange(num_rows)
+    if len(seeds) != num_rows:
+        raise InvalidArgumentError(
+            f"{op}: seed has {len(seeds)} items, expected one for each of {num_rows} prompts"
+        )
+    return np.array(seeds, np.int64)
 
 
 def _are_strings(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Finding a model, by path or on the Hugging Face hub, and loading it."""
+"""Finding a model, by path or on the Hugging Face hub, loading it, and saving it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ssmcore import _core
+from ssmcore._files import write_atomically
 from ssmcore.errors import BackendError, InvalidArgumentError
 from ssmcore.model import Model
 from ssmcore.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
@@ -23,6 +24,8 @@ _HUB_FILES = (
     "model.safetensors.index.json",
 )
 _TORCH_FILE = "pytorch_model.bin"
+_TORCH_INDEX = "pytorch_model.bin.index.json"
+_HUB_TORCH_FILES = (_TORCH_FILE, _TORCH_INDEX, "pytorch_model-*.bin")
 _DTYPES = {
     "auto": "float32",
     "float32": "float32",
@@ -42,10 +45,10 @@ def load(
     """Loads a language model.
 
     Args:
-        path_or_hub_id: a folder with config.json and either model.safetensors (or its shards and
-            index) as transformers writes them, or pytorch_model.bin as mamba-ssm does; or the
-            name of a model on the Hugging Face hub, which needs huggingface_hub. None: the small
-            model that comes with ssmcore.
+        path_or_hub_id: a folder with config.json and either model.safetensors as transformers
+            writes it, or pytorch_model.bin as mamba-ssm does, whole or as shards and their index;
+            or the name of a model on the Hugging Face hub, which needs huggingface_hub. None: the
+            small model that comes with ssmcore.
         device: "auto" or "cpu".
         dtype: of the activations: "float32", "bfloat16" or "float16" (or "fp32", "bf16",
             "fp16"); weights stay as stored. "auto": float32.
@@ -67,12 +70,29 @@ def load(
         raise InvalidArgumentError(f"load: dtype should be one of {known}, got {dtype!r}")
 
     folder = _BUNDLED if path_or_hub_id is None else _find(path_or_hub_id)
-    if (folder / _TORCH_FILE).exists() and not _has_safetensors(folder):
+    is_torch = any((folder / name).exists() for name in (_TORCH_FILE, _TORCH_INDEX))
+    if is_torch and not _has_safetensors(folder):
         checkpoint = _open_torch_checkpoint(folder)
     else:
         checkpoint = _core.Checkpoint.open(str(folder))
     tokenizer = _open_tokenizer(folder, checkpoint.config.vocab_size)
     return Model(_core.LanguageModel(checkpoint, _DTYPES[dtype]), tokenizer)
+
+
+def save(model: Model, path: str | os.PathLike[str]) -> None:
+    """Writes a model to a folder, in the format of transformers, whatever it was loaded from.
+
+    The folder, made if need be, gets config.json, generation_config.json and model.safetensors,
+    with the weights as stored, and the model's tokenizer.json if it has one. Each file appears
+    whole or not at all.
+
+    Raises:
+        InvalidArgumentError: for a folder that cannot be written.
+    """
+    folder = Path(path).expanduser()
+    model._language_model.save(str(folder))
+    if isinstance(model.tokenizer, FileTokenizer):
+        write_atomically(folder / "tokenizer.json", model.tokenizer.to_json().encode(), "save")
 
 
 def _find(path_or_hub_id: str | os.PathLike[str]) -> Path:
@@ -100,7 +120,7 @@ def _download(repo_id: str) -> Path:
     try:
         folder = Path(snapshot_download(repo_id, allow_patterns=list(_HUB_FILES)))
         if not _has_safetensors(folder):
-            snapshot_download(repo_id, allow_patterns=[_TORCH_FILE])
+            snapshot_download(repo_id, allow_patterns=list(_HUB_TORCH_FILES))
     except RepositoryNotFoundError as error:
         raise InvalidArgumentError(
             f"load: there is no folder {repo_id}, nor a public model of that name "
@@ -123,13 +143,20 @@ def _has_safetensors(folder: Path) -> bool:
 def _open_torch_checkpoint(folder: Path) -> _core.Checkpoint:
     from ssmcore.torch_pickle import load_tensors
 
-    config_path = folder / "config.json"
-    try:
-        text = config_path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError(f"load: cannot read {config_path}: {error}") from error
-    config = _core.parse_model_config(text)
-    tensors = load_tensors(folder / _TORCH_FILE)
+    config = _core.open_model_config(str(folder))
+    if (folder / _TORCH_FILE).exists():
+        tensors = load_tensors(folder / _TORCH_FILE)
+    else:
+        tensors = {}
+        for file, names in _core.open_shard_index(str(folder / _TORCH_INDEX)).items():
+            shard = load_tensors(folder / file)
+            for name in names:
+                if name not in shard:
+                    raise InvalidArgumentError(
+                        f"load: {folder / file} has no tensor {name!r}, which {_TORCH_INDEX} says "
+                        "it holds"
+                    )
+                tensors[name] = shard[name]
     # The model takes plain arrays: copy the few, if any, that are stored transposed or unaligned.
     plain = {name: np.require(tensor, requirements="CA") for name, tensor in tensors.items()}
     return _core.Checkpoint.from_tensors(config, plain)

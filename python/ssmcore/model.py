@@ -11,7 +11,8 @@ from ssmcore._arrays import library_of
 from ssmcore.errors import InvalidArgumentError
 from ssmcore.generate import Generation, GenerationSettings
 from ssmcore.scoring import Score, sum_nats, windows_of
-from ssmcore.tokenizer import Tokenizer, as_token_ids
+from ssmcore.state import State
+from ssmcore.tokenizer import Tokenizer, as_int32, as_token_ids
 
 if TYPE_CHECKING:
     from ssmcore import _core
@@ -54,16 +55,19 @@ class Model:
         """How many numbers the model has learnt, tied weights counted once."""
         return self._language_model.num_parameters
 
-    def new_state(self, batch: int = 1) -> _core.ModelState:
+    def new_state(self, batch: int = 1) -> State:
         """The memory of `batch` sequences at their start, for `forward` and `step`."""
-        return self._language_model.new_state(batch)
+        return State(self._language_model.new_state(batch))
 
     def forward(
         self,
         token_ids: Any,
-        state: _core.ModelState | None = None,
+        state: State | None = None,
         logits: Literal["all", "last", "none"] = "all",
-    ) -> tuple[Any, _core.ModelState]:
+        *,
+        cu_seqlens: Any = None,
+        state_indices: Any = None,
+    ) -> tuple[Any, State]:
         """Runs the model over `token_ids`, from `state` on.
 
         Args:
@@ -71,43 +75,63 @@ class Model:
                 array or a torch tensor.
             state: the memory of B sequences, updated in place; None: of new ones.
             logits: which to return.
+            cu_seqlens: (S + 1,) integers, for S sequences of any lengths packed one after another
+                into `token_ids` (T,): sequence s is `token_ids[cu_seqlens[s]:cu_seqlens[s + 1]]`.
+                They ascend from 0 to T. The state is then of S sequences; that of an empty one
+                stays as it is.
+            state_indices: the slot of `state` that each sequence uses, all different; the others
+                stay as they are. None: sequence b uses slot b, and there are no others.
 
         Returns:
             The logits and the state. Logits are float32 of the library of `token_ids`: (B, T, V)
-            or (T, V) for "all", (B, V) or (V,) for "last", None for "none".
+            or (T, V) for "all", (B, V) or (V,) for "last", None for "none". Packed: (T, V), or
+            (S, V) for "last".
 
         Raises:
-            InvalidArgumentError: for another rank or dtype, no tokens, an id out of range, or a
-                state of another number of sequences. The state is then as it was.
+            InvalidArgumentError: for another rank or dtype, no tokens, an id or a slot out of
+                range, a state of another number of sequences, `cu_seqlens` that do not ascend from
+                0 to T, or an empty sequence where its last logits are wanted. The state is then as
+                it was.
         """
         if logits not in ("all", "last", "none"):
             raise InvalidArgumentError(
                 f'forward: logits should be "all", "last" or "none", got {logits!r}'
             )
-        ids = as_token_ids(token_ids, "forward", "token_ids", ranks=(1, 2))
+        packed = cu_seqlens is not None
+        ids = as_token_ids(token_ids, "forward", "token_ids", ranks=(1,) if packed else (1, 2))
         batch = ids.reshape(-1, ids.shape[-1])
+        ends = as_int32(cu_seqlens, "forward", "cu_seqlens", at_least=2)
+        slots = as_int32(state_indices, "forward", "state_indices")
+        num_rows = ends.size - 1 if packed else len(batch)
         if state is None:
-            state = self.new_state(len(batch))
+            if slots is not None:
+                raise InvalidArgumentError("forward: state_indices needs a state")
+            state = self.new_state(num_rows)
+        native = _native(state, "forward")
         if logits == "none":
-            self._language_model.forward(batch, None, state)
+            self._language_model.forward(batch, None, native, slots, ends)
             return None, state
-        shape = batch.shape if logits == "all" else batch.shape[:1]
-        out = library_of(token_ids).empty((*shape, self.config.vocab_size), "float32")
-        self._language_model.forward(batch, out, state)
-        return (out if ids.ndim == 2 else out[0]), state
+        shape = batch.shape if logits == "all" else (num_rows,)
+        library = library_of(token_ids)
+        out = library.empty((*shape, self.config.vocab_size), "float32")
+        self._language_model.forward(batch, out, native, slots, ends)
+        is_batch = ids.ndim == 2 or (packed and logits == "last")
+        return library.hand_over(out if is_batch else out[0]), state
 
-    def step(self, token_ids: Any, state: _core.ModelState) -> Any:
+    def step(self, token_ids: Any, state: State, *, state_indices: Any = None) -> Any:
         """Feeds one token to each of B sequences and returns the logits of the next, (B, V).
 
         `token_ids` is (B,) or (B, 1) integers, `state` the memory of the sequences, updated in
-        place. Logits and errors are those of `forward`.
+        place; `state_indices`, logits and errors are those of `forward`.
         """
         ids = as_token_ids(token_ids, "step", "token_ids", ranks=(1, 2))
+        slots = as_int32(state_indices, "step", "state_indices")
         if ids.ndim == 2 and ids.shape[1] != 1:
             raise InvalidArgumentError(f"step: token_ids should be (B,) or (B, 1), got {ids.shape}")
-        out = library_of(token_ids).empty((len(ids), self.config.vocab_size), "float32")
-        self._language_model.forward(ids.reshape(-1, 1), out, state)
-        return out
+        library = library_of(token_ids)
+        out = library.empty((len(ids), self.config.vocab_size), "float32")
+        self._language_model.forward(ids.reshape(-1, 1), out, _native(state, "step"), slots)
+        return library.hand_over(out)
 
     def generate(
         self,
@@ -119,9 +143,10 @@ class Model:
         top_p: float = 1.0,
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         stop: str | Sequence[str] | None = None,
         ignore_eos: bool = False,
+        state: State | None = None,
     ) -> Any:
         """Continues one prompt or several and returns the continuation alone.
 
@@ -133,18 +158,25 @@ class Model:
             top_p: choose among the likeliest tokens that together reach this probability.
             min_p: choose among tokens at least this probable, relative to the likeliest.
             repetition_penalty: above 1, makes tokens that have occurred less likely.
-            seed: of the random choices. Row b draws with `seed + b`, whatever the other rows are.
+            seed: of the random choices. Row b draws with `seed + b`, or with `seed[b]` of a list,
+                whatever the other rows are.
             stop: strings that end the text when they come; they are not returned. Ids are then
                 those whose text ends before the stop string.
             ignore_eos: go on after an end-of-sequence token, and return it.
+            state: the memory of as many sequences, which the prompts follow; None: of new ones.
+                Afterwards it has read the prompts and every token chosen, a final stop or
+                end-of-sequence token included, so that `max_new_tokens=0` reads the prompts and
+                no more. Tokens that only begin a text are not added to a prompt that follows
+                another; the repetition penalty knows only the tokens of this call.
 
         Returns:
             A str for a str, a list of str for a list of str, a list of ids for ids and a list of
             such lists for several.
 
         Raises:
-            InvalidArgumentError: for a prompt of no tokens, an id or a setting out of range, or
-                text (or `stop`) where the model has no tokenizer.
+            InvalidArgumentError: for a prompt of no tokens, an id or a setting out of range,
+                seeds or a state for another number of rows, or text (or `stop`) where the model
+                has no tokenizer.
         """
         settings = GenerationSettings(
             max_new_tokens=max_new_tokens,
@@ -157,7 +189,7 @@ class Model:
             stop=stop,
             ignore_eos=ignore_eos,
         )
-        return self.start_generation(prompt, settings, "generate").collect()
+        return self.start_generation(prompt, settings, "generate", state).collect()
 
     def stream(
         self,
@@ -172,12 +204,14 @@ class Model:
         seed: int = 0,
         stop: str | Sequence[str] | None = None,
         ignore_eos: bool = False,
+        state: State | None = None,
     ) -> Iterator[Any]:
         """Continues one prompt as `generate` does, yielding the continuation as it comes.
 
         Text comes in pieces that are never empty and never hold half a character nor what may be
         the beginning of a stop string; ids come one by one. Arguments and errors are those of
-        `generate`; a list of prompts is refused.
+        `generate`; a list of prompts is refused. The state has read all once the last piece has
+        come.
         """
         settings = GenerationSettings(
             max_new_tokens=max_new_tokens,
@@ -190,7 +224,7 @@ class Model:
             stop=stop,
             ignore_eos=ignore_eos,
         )
-        generation = self.start_generation(prompt, settings, "stream")
+        generation = self.start_generation(prompt, settings, "stream", state)
         if generation.is_batch:
             raise InvalidArgumentError("stream: expected one prompt, got a list of prompts")
         pieces = (piece for _, piece in generation)
@@ -199,10 +233,15 @@ class Model:
         return (token_id for piece in pieces for token_id in piece)
 
     def start_generation(
-        self, prompt: Any, settings: GenerationSettings, op: str = "generate"
+        self,
+        prompt: Any,
+        settings: GenerationSettings,
+        op: str = "generate",
+        state: State | None = None,
     ) -> Generation:
         """The run behind `generate` and `stream`, for those who count its tokens."""
-        return Generation(self._language_model, self._tokenizer, prompt, settings, op)
+        native = None if state is None else _native(state, op)
+        return Generation(self._language_model, self._tokenizer, prompt, settings, op, native)
 
     def score(
         self,
@@ -229,3 +268,9 @@ class Model:
         read = token_ids[: targets.size + 1].tolist()
         num_bytes = self._tokenizer.num_bytes(read) - self._tokenizer.num_bytes(read[:1])
         return Score(tokens=targets.size, bytes=num_bytes, nats=nats)
+
+
+def _native(state: State, op: str) -> _core.ModelState:
+    if not isinstance(state, State):
+        raise InvalidArgumentError(f"{op}: state should be a State, got {type(state).__name__}")
+    return state.native

@@ -58,8 +58,14 @@ class FileTokenizer:
         self._tokenizer.no_padding()
         self._byte_level = isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel)
 
+    def to_json(self) -> str:
+        """The text of a tokenizer.json."""
+        return self._tokenizer.to_str(pretty=True)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        _utf8(text)
+        data = _utf8(text)
+        if self._id_by_byte is not None:
+            return self._id_by_byte[np.frombuffer(data, np.uint8)].tolist()
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -69,6 +75,34 @@ class FileTokenizer:
         if not self._byte_level:
             return len(self.decode(token_ids).encode())
         return int(self._bytes_by_id[np.asarray(token_ids, np.int64)].sum())
+
+    @functools.cached_property
+    def _id_by_byte(self) -> np.ndarray | None:
+        """The id of each byte, where every token is one; None for other vocabularies.
+
+        The library takes hundreds of bytes of memory for a token, which a long text cannot afford.
+        """
+        from tokenizers import models, pre_tokenizers
+
+        tokenizer, model = self._tokenizer, self._tokenizer.model
+        splits_into_bytes = (
+            tokenizer.normalizer is None
+            and tokenizer.post_processor is None
+            and not tokenizer.get_added_tokens_decoder()
+            and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel)
+            and not tokenizer.pre_tokenizer.add_prefix_space
+            and isinstance(model, models.BPE)
+            and not (model.continuing_subword_prefix or model.end_of_word_suffix)
+        )
+        alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+        if not splits_into_bytes or tokenizer.get_vocab().keys() != alphabet:
+            return None
+        # Every byte that UTF-8 uses: all of one and two bytes, then each first byte of more.
+        longer = (*range(0x800, 0xD800, 0x800), *range(0xE000, 0x110000, 0x1000))
+        text = "".join(map(chr, (*range(0x800), *longer)))
+        ids = np.zeros(256, np.int64)
+        ids[np.frombuffer(text.encode(), np.uint8)] = tokenizer.encode(text).ids
+        return ids
 
     @functools.cached_property
     def _bytes_by_id(self) -> np.ndarray:
@@ -141,6 +175,28 @@ def as_token_ids(ids: Any, op: str, name: str, ranks: tuple[int, ...]) -> np.nda
             f"got {array.dtype} of shape {array.shape}"
         )
     return np.ascontiguousarray(array, np.int64)
+
+
+def as_int32(values: Any, op: str, name: str, at_least: int = 1) -> np.ndarray | None:
+    """A list of integers a caller gave as argument `name` of `op`, as contiguous int32, or None.
+
+    Raises InvalidArgumentError for what is no list of at least `at_least` integers of 32 bits.
+    """
+    if values is None:
+        return None
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise InvalidArgumentError(f"{op}: {name} is no list of integers: {error}") from error
+    if array.ndim != 1 or array.dtype.kind not in "iu" or array.size < at_least:
+        raise InvalidArgumentError(
+            f"{op}: {name} should be a list of at least {at_least} integers, "
+            f"got {array.dtype} of shape {array.shape}"
+        )
+    limits = np.iinfo(np.int32)
+    if array.min() < limits.min or array.max() > limits.max:
+        raise InvalidArgumentError(f"{op}: {name} holds an integer of more than 32 bits")
+    return np.ascontiguousarray(array, np.int32)
 
 
 def _utf8(text: str) -> bytes:

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "check_error.h"
 #include "safetensors.h"
 #include "ssmcore/checkpoint.h"
 #include "ssmcore/error.h"
@@ -60,20 +61,6 @@ std::string one_tensor(const std::string& shape, const std::string& offsets, siz
 
 std::map<std::string, TensorView> parse(const std::string& bytes) {
   return parse_safetensors(reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size(), "test");
-}
-
-template <typename F>
-void check_error(ErrorCode code, const std::string& expected, F f) {
-  try {
-    f();
-  } catch (const Error& error) {
-    const std::string message = error.what();
-    CHECK(error.code() == code);
-    CHECK_MESSAGE(message.find(expected) != std::string::npos,
-                  "expected \"" << expected << "\", got: " << message);
-    return;
-  }
-  FAIL_CHECK("accepted; expected \"" << expected << '"');
 }
 
 void check_refused(const std::string& bytes, const std::string& expected) {

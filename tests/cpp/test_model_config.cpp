@@ -39,6 +39,22 @@ std::string upstream_json(const std::string& field) {
 
 }  // namespace
 
+TEST_CASE("parse_model_config: falcon_mamba") {
+  const ModelConfig config = parse_model_config(R"({
+    "model_type": "falcon_mamba", "hidden_size": 64, "intermediate_size": 48, "expand": 16,
+    "mixer_rms_eps": 1e-4, "tie_word_embeddings": false})");
+  CHECK(config.model_type == "falcon_mamba");
+  CHECK(config.mixer_norm_eps == 1e-4f);
+  CHECK(config.dim == 48);
+  CHECK_FALSE(config.tie_embeddings);
+  const std::string falcon = R"({"model_type": "falcon_mamba")";
+  CHECK(parse_model_config(falcon + "}").mixer_norm_eps == 1e-6f);
+  CHECK(parse_model_config(falcon + "}").d_model == 768);
+  for (const char* eps : {"0", "-1", "2", "\"a\"", "1e-60"})
+    check_refused(falcon + R"(, "mixer_rms_eps": )" + eps + "}", "mixer_rms_eps");
+  CHECK(parse_model_config(transformers_json("\"mixer_rms_eps\": 1")).mixer_norm_eps == 0);
+}
+
 TEST_CASE("parse_model_config: every field of transformers") {
   const ModelConfig config = parse_model_config(R"({
     "model_type": "mamba", "hidden_size": 48, "num_hidden_layers": 3, "vocab_size": 101,
@@ -147,7 +163,7 @@ TEST_CASE("parse_model_config: defaults of the upstream package") {
 TEST_CASE("parse_model_config: what is not Mamba-1 is refused by name") {
   check_refused(R"({"model_type": "llama"})",
                 "model_type: expected a known model type (known: "
-                "mamba), got \"llama\"");
+                "mamba, falcon_mamba), got \"llama\"");
   check_refused("{}", "known: mamba");
   check_refused(transformers_json(R"("hidden_act": "gelu")"), "hidden_act");
   check_refused(upstream_json(R"("rms_norm": false)"), "LayerNorm");

@@ -70,6 +70,51 @@ def test_json():
         assert result[name] > 0
 
 
+def test_a_prompt_computed_once(tmp_path):
+    state = tmp_path / "state"
+    done = run("generate", PROMPT[:40], "-n", "0", "--state-out", state)
+    assert (done.returncode, done.stdout) == (0, b"")
+    for _ in range(2):  # it stays as it is
+        done = run("generate", PROMPT[40:], "-n", "60", "--state-in", state, "--quiet")
+        assert done.stdout.decode() == golden_text()[:60]
+
+
+def test_a_continuation_goes_on(tmp_path):
+    model, state = bundled_model(), tmp_path / "state"
+    done = run("generate", PROMPT, "-n", "20", "--state-out", state, "--json")
+    assert json.loads(done.stdout)["text"] == golden_text()[:20]
+    expected = model.generate(PROMPT + golden_text()[:20] + " Sir", 20)
+    # Read from and written to at once.
+    done = run("generate", " Sir", "-n", "20", "--state-in", state, "--state-out", state, "--quiet")
+    assert done.stdout.decode() == expected
+    so_far = PROMPT + golden_text()[:20] + " Sir" + expected
+    done = run("generate", "!", "-n", "20", "--state-in", state, "--quiet")
+    assert done.stdout.decode() == model.generate(so_far + "!", 20)
+
+
+def test_states_that_do_not_fit(tmp_path):
+    state, two = tmp_path / "state", bundled_model().new_state(2)
+    two.save(state)
+    assert_error(run("generate", "a", "--state-in", state), "number of slots")
+    state.write_bytes(b"no state")
+    assert_error(run("generate", "a", "--state-in", state), "expected a saved state")
+    assert_error(run("generate", "a", "--state-in", tmp_path / "none"), "cannot read .*none")
+    assert_error(run("generate", "a", "--state-out", tmp_path / "no" / "x"), "no such folder")
+    assert_error(run("generate", "a", "--state-in", state, "--dtype", "bf16"), "saved state")
+    assert state.read_bytes() == b"no state"
+
+
+def test_memory_does_not_grow_with_the_prompt(tmp_path):
+    peaks = []
+    for length in (1_000, 60_000):
+        (tmp_path / "prompt").write_text((DATA / "val_kjv.txt").read_text()[:length])
+        done = json.loads(run("generate", "-f", tmp_path / "prompt", "-n", "1", "--json").stdout)
+        assert done["prompt_tokens"] == length
+        peaks.append(done["peak_memory_bytes"])
+    # The text, its ids and the pages of a few buffers; its logits alone would be 61 MB.
+    assert peaks[1] - peaks[0] < 16e6
+
+
 def test_no_and_one_token():
     nothing = json.loads(run("generate", PROMPT, "-n", "0", "--json").stdout)
     assert (nothing["text"], nothing["generated_tokens"]) == ("", 0)

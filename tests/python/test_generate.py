@@ -237,6 +237,38 @@ def test_draws_do_not_depend_on_the_batch():
     assert model.generate(PROMPTS, 40, seed=5, stop=".", **SAMPLING) == alone
 
 
+def test_a_seed_for_each_row():
+    model, seeds = bundled_model(), [3, -(2**63), 2**63 - 1, 3]
+    alone = [
+        model.generate(prompt, 30, seed=seed, **SAMPLING)
+        for prompt, seed in zip(PROMPTS, seeds, strict=True)
+    ]
+    for batch_seeds in (seeds, tuple(seeds), np.array(seeds)):
+        assert model.generate(PROMPTS, 30, seed=batch_seeds, **SAMPLING) == alone
+    same = model.generate([PROMPT] * 3, 30, seed=[5, 5, 6], **SAMPLING)
+    assert same[0] == same[1] != same[2]
+    assert model.generate(PROMPT, 30, seed=[5], **SAMPLING) == same[0]
+
+
+@pytest.mark.parametrize("seed", [[], [1], [1, 2, 3]])
+def test_seeds_for_another_number_of_rows(seed):
+    with pytest.raises(ssmcore.InvalidArgumentError, match=rf"{len(seed)} items, .* 2 prompts"):
+        bundled_model().generate(["a", "b"], seed=seed, temperature=1.0)
+
+
+@settings(max_examples=10)
+@given(
+    prompts=st.lists(st.binary(min_size=1, max_size=700), min_size=1, max_size=5),
+    seed=st.integers(0, 99),
+)
+def test_batch_of_unequal_prompts_is_as_each_alone(prompts, seed):
+    model = bundled_model()
+    rows = [list(prompt) for prompt in prompts]
+    sampled = dict(max_new_tokens=12, temperature=0.7, top_p=0.9)
+    alone = [model.generate(row, seed=seed + i, **sampled) for i, row in enumerate(rows)]
+    assert model.generate(rows, seed=seed, **sampled) == alone
+
+
 def test_rows_of_the_same_prompt_differ():
     rows = bundled_model().generate([PROMPT] * 3, 40, seed=1, temperature=1.0)
     assert len(set(rows)) == 3
@@ -284,6 +316,9 @@ def test_ids_out_of_range(token_id):
         ("seed", 1.5),
         ("seed", 2**63),
         ("seed", None),
+        ("seed", [0.5]),
+        ("seed", [2**63]),
+        ("seed", "1"),
         ("stop", ""),
         ("stop", ["a", ""]),
         ("stop", 3),

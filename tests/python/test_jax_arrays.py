@@ -9,6 +9,7 @@ import pytest
 from calls import CALLS, IN_PLACE, as_tuple
 from cases import BlockCase, ConvCase, ConvUpdateCase, ScanCase, StateUpdateCase
 from helpers import DTYPES, assert_close, assert_same_bits, refuses
+from model_fixtures import bundled_model
 
 from ssmcore import ops
 from ssmcore._arrays import library_of
@@ -62,6 +63,17 @@ def test_a_block() -> None:
     out = ops.mamba_block(**to_jax(inputs))
     assert isinstance(out, jax.Array)
     assert_same_bits(np.asarray(out), ops.mamba_block(**inputs))
+
+
+def test_logits_of_a_model() -> None:
+    model = bundled_model()
+    for ids in (np.array([1, 2, 3], np.int32), np.array([[1, 2], [3, 4]], np.int32)):
+        expected, _ = model.forward(ids)
+        logits, state = model.forward(to_jax(ids))
+        assert isinstance(logits, jax.Array)
+        assert_same_bits(np.asarray(logits), expected)
+        following = to_jax(np.full(state.num_slots, 7, np.int32))
+        assert isinstance(model.step(following, state), jax.Array)
 
 
 def test_values_that_are_still_being_computed() -> None:

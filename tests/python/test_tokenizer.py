@@ -145,6 +145,64 @@ def test_bytes_of_a_part_of_a_character(tmp_path):
     assert sum(bpe.num_bytes([token_id]) for token_id in ids) == len(text.encode())
 
 
+def permute_ids(tokenizer):
+    vocab = tokenizer["model"]["vocab"]
+    ids = list(vocab.values())
+    tokenizer["model"]["vocab"] = dict(zip(vocab, ids[::-1], strict=True))
+
+
+def add_token(tokenizer):
+    token = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=False)
+    tokenizer["added_tokens"].append({"id": 256, "content": "ab", **token})
+
+
+def add_merge(tokenizer):
+    tokenizer["model"]["vocab"]["ab"] = 256
+    tokenizer["model"]["merges"].append(["a", "b"])
+
+
+def add_begin(tokenizer):
+    begin = {"a": {"id": "a", "ids": [97], "tokens": ["a"]}}
+    single = [{"SpecialToken": {"id": "a", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": begin,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change, is_of_bytes",
+    [
+        (lambda tokenizer: None, True),
+        (permute_ids, True),
+        (lambda tokenizer: tokenizer["pre_tokenizer"].update(use_regex=True), True),
+        (lambda tokenizer: tokenizer["pre_tokenizer"].update(add_prefix_space=True), False),
+        (lambda tokenizer: tokenizer.update(normalizer={"type": "Lowercase"}), False),
+        (lambda tokenizer: tokenizer["model"].update(end_of_word_suffix="b"), False),
+        (add_token, False),
+        (add_merge, False),
+        (add_begin, False),
+    ],
+)
+def test_ids_are_those_of_the_library(tmp_path, change, is_of_bytes):
+    contents = json.loads((BUNDLED / "tokenizer.json").read_text())
+    change(contents)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(contents))
+    ours, library = FileTokenizer(path), Tokenizer.from_file(str(path))
+    assert (ours._id_by_byte is not None) == is_of_bytes
+
+    @settings(max_examples=40)
+    @given(text=st.text() | st.text("aAbB "))
+    def check(text):
+        for special in (True, False):
+            ids = library.encode(text, add_special_tokens=special).ids
+            assert ours.encode(text, special) == ids
+
+    check()
+    text = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000, 0x101)]))
+    assert ours.encode(text) == library.encode(text).ids
+
+
 def test_text_is_never_truncated_or_padded(tmp_path):
     stored = json.loads((BUNDLED / "tokenizer.json").read_text())
     stored["truncation"] = {

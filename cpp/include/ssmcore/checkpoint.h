@@ -4,6 +4,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "ssmcore/model_config.h"
 #include "ssmcore/tensor.h"
@@ -30,9 +31,19 @@ struct Checkpoint {
 // one that is damaged; whatever the files hold, nothing is read outside them.
 Checkpoint open_checkpoint(const std::string& folder);
 
-// Writes config.json and model.safetensors, as transformers reads them, into a folder that is made
-// if need be. The tensors are written as stored, under transformers' names. Each file appears whole
-// or not at all. Throws Error(not_found) for a path that cannot be written.
+// The config.json and generation_config.json of a folder, whatever it holds the tensors in. Throws
+// as open_checkpoint does.
+ModelConfig open_model_config(const std::string& folder);
+
+// {"weight_map": {tensor name: file name}}, as in model.safetensors.index.json: the tensor names of
+// each file. Throws as open_checkpoint does, also for a file name that leads out of the folder.
+std::map<std::string, std::vector<std::string>> open_shard_index(const std::string& path);
+
+// Writes config.json, generation_config.json and model.safetensors, as transformers reads them,
+// into a folder that is made if need be. The tensors are written as stored, under transformers'
+// names, without rows that only pad the vocabulary and without a head that is tied. Each file
+// appears whole or not at all. Throws Error(invalid_argument) for a tensor that is not contiguous
+// and Error(not_found) for a path that cannot be written.
 void save_checkpoint(const Checkpoint& checkpoint, const std::string& folder);
 
 // The tensors of one .safetensors file: F32, F64, BF16, F16, I32 or I64, of rank up to kMaxRank.

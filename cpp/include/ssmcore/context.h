@@ -12,7 +12,7 @@ namespace ssmcore {
 class ThreadPool;
 
 // CPU instruction sets for which the kernels are compiled, in ascending order.
-enum class Isa { baseline, avx2, avx512 };
+enum class Isa { baseline, avx2, avx512, avx512_bf16 };
 
 const char* isa_name(Isa isa);
 // The best instruction set that this build has kernels for and this machine runs.

@@ -14,6 +14,7 @@
 namespace ssmcore {
 
 class Mixer;
+struct StateSpec;
 
 // The memory of running sequences: for every layer, the tensors its mixer carries from one token to
 // the next, with one slot a sequence. Belongs to the model that made it.
@@ -27,18 +28,26 @@ class ModelState {
   // written from a state of the same model shape and number of slots.
   std::string save() const;
   void load(const std::string& bytes);
-  // Back to the start of a sequence. Throws Error(invalid_argument) for a slot out of range.
+  // What follows throws Error(invalid_argument) for a slot out of range.
+  // Whether nothing has been read: a sequence starts from zeros.
+  bool is_at_start(int64_t slot) const;
+  // Back to the start of a sequence.
   void reset_slot(int64_t slot);
   void copy_slot(int64_t from, int64_t to);
 
  private:
   friend class LanguageModel;
+  ModelState() = default;
+  ModelState(const std::vector<std::vector<StateSpec>>& layers, int64_t num_slots,
+             Allocator& allocator, const void* model);
   void check_slot(const char* name, int64_t slot) const;
+  std::string header() const;
 
   // tensors[layer][i], each with num_slots rows along its first dimension.
   std::vector<std::vector<TensorView>> tensors_;
   Buffer buffer_;
   int64_t num_slots_ = 0;
+  Allocator* allocator_ = nullptr;
   const void* model_ = nullptr;
 };
 
@@ -83,9 +92,25 @@ class LanguageModel {
 
  private:
   struct Layer;
+  struct Activations;
 
+  size_t chunk_workspace_size(int64_t batch, int64_t length, const Context& context) const;
+  // Tokens [begin, begin + length) of every row.
   void forward_chunk(const LanguageModelFwdArgs& args, int64_t begin, int64_t length,
-                     const TensorView& logits, const Exec& exec) const;
+                     const Exec& exec) const;
+  // The same of packed sequences, of which `row` is the first that has not ended before. Returns
+  // the first that does not end within.
+  int64_t forward_packed_chunk(const LanguageModelFwdArgs& args, int64_t row, int64_t begin,
+                               int64_t length, const Exec& exec) const;
+  // From the embedding to the last mixer: the results are at.residual and, yet to be added to it,
+  // at.hidden.
+  void forward_layers(const TensorView& token_ids, const ModelState& state,
+                      const TensorView& state_indices, const TensorView& cu_seqlens,
+                      const Activations& at, const Exec& exec) const;
+  void final_norm(const TensorView& hidden, const TensorView& residual, const TensorView& normed,
+                  const Exec& exec) const;
+  // The head at every position: logits is (batch, length, vocab_size).
+  void all_logits(const TensorView& logits, const Activations& at, const Exec& exec) const;
 
   Checkpoint checkpoint_;  // dense weights point into its memory
   DType dtype_ = DType::float32;

@@ -9,6 +9,8 @@ const char* isa_name(Isa isa) {
       return "avx2";
     case Isa::avx512:
       return "avx512";
+    case Isa::avx512_bf16:
+      return "avx512_bf16";
     default:
       return "baseline";
   }
@@ -17,11 +19,12 @@ const char* isa_name(Isa isa) {
 Isa detect_isa() {
 #if defined(SSMCORE_X86_KERNELS)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
+  // Every CPU with both has F16C too, for which Clang 14 has no name here.
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx2 && avx512) return Isa::avx512;
+  const bool bf16 = __builtin_cpu_supports("avx512bf16");
+  if (avx2 && avx512) return bf16 ? Isa::avx512_bf16 : Isa::avx512;
   if (avx2) return Isa::avx2;
 #endif
   return Isa::baseline;
@@ -39,10 +42,14 @@ extern const KernelTable table;
 namespace avx512 {
 extern const KernelTable table;
 }
+namespace avx512_bf16 {
+extern const KernelTable table;
+}
 #endif
 
 const KernelTable& kernel_table([[maybe_unused]] Isa isa) {
 #if defined(SSMCORE_X86_KERNELS)
+  if (isa == Isa::avx512_bf16) return avx512_bf16::table;
   if (isa == Isa::avx512) return avx512::table;
   if (isa == Isa::avx2) return avx2::table;
 #endif

@@ -178,13 +178,47 @@ SSMCORE_INLINE void from_float(float value, float16* to) {
   store_partial(to, broadcast(value), 1);
 }
 
-// Adds up lanes in a fixed order: halves, quarters, ….
+// Keeps the compiler from loading v again at each of its uses.
+SSMCORE_INLINE Vec in_register(Vec v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
+// Within every quad of lanes: elements p of a (0 to 3) and of b (4 to 7).
+#define SSMCORE_AT(p, base) ((p) < 4 ? (p) + (base) : (p) - 4 + kLanes + (base))
+#define SSMCORE_QUAD(p0, p1, p2, p3, base) \
+  SSMCORE_AT(p0, base), SSMCORE_AT(p1, base), SSMCORE_AT(p2, base), SSMCORE_AT(p3, base)
+#if defined(__AVX512F__)
+#define SSMCORE_SHUFFLE(a, b, p0, p1, p2, p3)                                                     \
+  __builtin_shufflevector(a, b, SSMCORE_QUAD(p0, p1, p2, p3, 0), SSMCORE_QUAD(p0, p1, p2, p3, 4), \
+                          SSMCORE_QUAD(p0, p1, p2, p3, 8), SSMCORE_QUAD(p0, p1, p2, p3, 12))
+#elif defined(__AVX__)
+#define SSMCORE_SHUFFLE(a, b, p0, p1, p2, p3) \
+  __builtin_shufflevector(a, b, SSMCORE_QUAD(p0, p1, p2, p3, 0), SSMCORE_QUAD(p0, p1, p2, p3, 4))
+#else
+#define SSMCORE_SHUFFLE(a, b, p0, p1, p2, p3) \
+  __builtin_shufflevector(a, b, SSMCORE_QUAD(p0, p1, p2, p3, 0))
+#endif
+
+typedef float Quad __attribute__((vector_size(16)));
+
+// The sums of the lanes of four vectors, each in the same fixed order.
+SSMCORE_INLINE Quad horizontal_sums(Vec a, Vec b, Vec c, Vec d) {
+  const Vec ab = SSMCORE_SHUFFLE(a, b, 0, 4, 1, 5) + SSMCORE_SHUFFLE(a, b, 2, 6, 3, 7);
+  const Vec cd = SSMCORE_SHUFFLE(c, d, 0, 4, 1, 5) + SSMCORE_SHUFFLE(c, d, 2, 6, 3, 7);
+  // Every quad now holds a share of a, b, c and d.
+  const Vec abcd = SSMCORE_SHUFFLE(ab, cd, 0, 1, 4, 5) + SSMCORE_SHUFFLE(ab, cd, 2, 3, 6, 7);
+  Quad quads[kLanes / 4];
+  std::memcpy(quads, &abcd, sizeof(abcd));
+  for (int half = kLanes / 8; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) quads[i] += quads[i + half];
+  return quads[0];
+}
+
 SSMCORE_INLINE float horizontal_sum(Vec v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+  return horizontal_sums(v, v, v, v)[0];
 }
 
 // Calls body with a null pointer of the activation type that `dtype` names.

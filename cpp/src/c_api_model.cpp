@@ -1,0 +1,209 @@
+// The C interface: language models and their states.
+#include <algorithm>
+#include <cstring>
+
+#include "c_api_call.h"
+#include "ssmcore/c_api.h"
+#include "ssmcore/language_model.h"
+
+namespace ssmcore::c_api {
+
+struct HeldModel {
+  std::shared_ptr<HeldContext> context;
+  LanguageModel model;
+};
+
+}  // namespace ssmcore::c_api
+
+struct ssmcore_model {
+  std::shared_ptr<const ssmcore::c_api::HeldModel> held;
+};
+
+struct ssmcore_state {
+  std::shared_ptr<const ssmcore::c_api::HeldModel> model;
+  ssmcore::ModelState state;
+};
+
+namespace ssmcore::c_api {
+namespace {
+
+constexpr const char* kModel = "language_model";
+
+ModelState* to_state(ssmcore_state* state) {
+  return state ? &state->state : nullptr;
+}
+
+LanguageModelFwdArgs lower(const ssmcore_model_prefill_args& c) {
+  const TensorReader tensor(kModel);
+  LanguageModelFwdArgs args;
+  args.token_ids = tensor(c.token_ids, "token_ids");
+  args.cu_seqlens = tensor(c.cu_seqlens, "cu_seqlens");
+  args.state = to_state(c.state);
+  args.state_indices = tensor(c.state_indices, "state_indices");
+  args.logits = tensor(c.logits, "logits");
+  return args;
+}
+
+// A step is a sequence of one token a row.
+LanguageModelFwdArgs lower(const ssmcore_model_step_args& c) {
+  const TensorReader tensor(kModel);
+  LanguageModelFwdArgs args;
+  args.token_ids = tensor(c.token_ids, "token_ids");
+  if (args.token_ids.rank > 1)
+    throw Error(ErrorCode::invalid_argument, std::string(kModel) + ": token_ids has shape " +
+                                                 args.token_ids.shape_string() +
+                                                 ", expected (rows)");
+  if (args.token_ids) args.token_ids = args.token_ids.unsqueeze(1);
+  args.state = to_state(c.state);
+  args.state_indices = tensor(c.state_indices, "state_indices");
+  args.logits = tensor(c.logits, "logits");
+  return args;
+}
+
+// 0 for ids that forward() will refuse.
+size_t workspace_size(const HeldModel& held, const TensorView& token_ids) {
+  if (token_ids.rank != 2 || token_ids.numel() == 0) return 0;
+  return held.model.workspace_size(token_ids.shape[0], token_ids.shape[1], held.context->context);
+}
+
+template <typename CArgs>
+ssmcore_status query(const ssmcore_model* model, const CArgs* c_args, size_t* bytes) {
+  return guarded([&] {
+    const HeldModel& held = *required(kModel, "model", model).held;
+    const LanguageModelFwdArgs args = lower(read_struct(kModel, "args", c_args));
+    required(kModel, "bytes", bytes) = workspace_size(held, args.token_ids);
+  });
+}
+
+template <typename CArgs>
+ssmcore_status run(const ssmcore_model* model, const CArgs* c_args, void* workspace,
+                   size_t workspace_bytes, void* stream) {
+  return guarded([&] {
+    const HeldModel& held = *required(kModel, "model", model).held;
+    const LanguageModelFwdArgs args = lower(read_struct(kModel, "args", c_args));
+    with_workspace(
+        kModel, {held.context->context, workspace, workspace_bytes, stream},
+        [&] { return workspace_size(held, args.token_ids); },
+        [&](const Exec& exec) { held.model.forward(args, exec); });
+  });
+}
+
+ssmcore_model_info describe(const LanguageModel& model) {
+  const ModelConfig& config = model.config();
+  ssmcore_model_info info{};
+  info.model_type = config.model_type.c_str();
+  info.dtype = from_dtype(model.dtype());
+  info.num_parameters = model.num_parameters();
+  info.vocab_size = config.vocab_size;
+  info.d_model = config.d_model;
+  info.n_layer = static_cast<int64_t>(config.layers.size());
+  info.dim = config.dim;
+  info.dstate = config.dstate;
+  info.num_eos_token_ids = static_cast<int64_t>(config.eos_token_ids.size());
+  info.eos_token_ids = config.eos_token_ids.data();
+  return info;
+}
+
+}  // namespace
+}  // namespace ssmcore::c_api
+
+using namespace ssmcore;
+using namespace ssmcore::c_api;
+
+ssmcore_status ssmcore_model_load(const ssmcore_context* context, const char* folder,
+                                  const ssmcore_model_options* options, ssmcore_model** model) {
+  constexpr const char* kOp = "model_load";
+  return guarded([&] {
+    required(kOp, "model", model) = nullptr;
+    const std::shared_ptr<HeldContext>& held = required(kOp, "context", context).held;
+    const ssmcore_dtype dtype = read_options(kOp, options).dtype;
+    LoadOptions load_options;
+    if (dtype.bits != 0) load_options.dtype = to_dtype("model_load: the model", dtype);
+    const Checkpoint checkpoint = open_checkpoint(&required(kOp, "folder", folder));
+    *model = new ssmcore_model{std::shared_ptr<const HeldModel>(
+        new HeldModel{held, LanguageModel(checkpoint, held->context, load_options)})};
+  });
+}
+
+void ssmcore_model_free(ssmcore_model* model) {
+  delete model;
+}
+
+ssmcore_status ssmcore_model_get_info(const ssmcore_model* model, ssmcore_model_info* info) {
+  constexpr const char* kOp = "model_get_info";
+  return guarded([&] {
+    const size_t size = required(kOp, "info", info).struct_size;
+    check_struct_size(kOp, "info", size, sizeof *info);
+    ssmcore_model_info known = describe(required(kOp, "model", model).held->model);
+    known.struct_size = size;
+    std::memset(info, 0, size);
+    std::memcpy(info, &known, std::min(size, sizeof known));
+  });
+}
+
+ssmcore_status ssmcore_state_create(const ssmcore_model* model, int64_t num_slots,
+                                    ssmcore_state** state) {
+  constexpr const char* kOp = "state_create";
+  return guarded([&] {
+    required(kOp, "state", state) = nullptr;
+    const auto& held = required(kOp, "model", model).held;
+    *state = new ssmcore_state{held, held->model.new_state(num_slots)};
+  });
+}
+
+ssmcore_status ssmcore_state_clone(const ssmcore_state* state, ssmcore_state** copy) {
+  constexpr const char* kOp = "state_clone";
+  return guarded([&] {
+    required(kOp, "copy", copy) = nullptr;
+    const ssmcore_state& original = required(kOp, "state", state);
+    *copy = new ssmcore_state{original.model, original.state.clone()};
+  });
+}
+
+void ssmcore_state_free(ssmcore_state* state) {
+  delete state;
+}
+
+ssmcore_status ssmcore_state_num_slots(const ssmcore_state* state, int64_t* num_slots) {
+  constexpr const char* kOp = "state_num_slots";
+  return guarded([&] {
+    required(kOp, "num_slots", num_slots) = required(kOp, "state", state).state.num_slots();
+  });
+}
+
+ssmcore_status ssmcore_state_nbytes(const ssmcore_state* state, size_t* nbytes) {
+  constexpr const char* kOp = "state_nbytes";
+  return guarded(
+      [&] { required(kOp, "nbytes", nbytes) = required(kOp, "state", state).state.nbytes(); });
+}
+
+ssmcore_status ssmcore_state_reset_slot(ssmcore_state* state, int64_t slot) {
+  return guarded([&] { required("state_reset_slot", "state", state).state.reset_slot(slot); });
+}
+
+ssmcore_status ssmcore_state_copy_slot(ssmcore_state* state, int64_t from, int64_t to) {
+  return guarded([&] { required("state_copy_slot", "state", state).state.copy_slot(from, to); });
+}
+
+ssmcore_status ssmcore_model_prefill_workspace_size(const ssmcore_model* model,
+                                                    const ssmcore_model_prefill_args* args,
+                                                    size_t* bytes) {
+  return query(model, args, bytes);
+}
+
+ssmcore_status ssmcore_model_prefill(const ssmcore_model* model,
+                                     const ssmcore_model_prefill_args* args, void* workspace,
+                                     size_t workspace_bytes, void* stream) {
+  return run(model, args, workspace, workspace_bytes, stream);
+}
+
+ssmcore_status ssmcore_model_step_workspace_size(const ssmcore_model* model,
+                                                 const ssmcore_model_step_args* args,
+                                                 size_t* bytes) {
+  return query(model, args, bytes);
+}
+
+ssmcore_status ssmcore_model_step(const ssmcore_model* model, const ssmcore_model_step_args* args,
+                                  void* workspace, size_t workspace_bytes, void* stream) {
+  return run(model, args, workspace, workspace_bytes, stream);
+}

@@ -1,0 +1,232 @@
+// The C interface: operators. Each is its arguments, field by field, and a line in the table.
+#include "c_api_call.h"
+#include "ssmcore/c_api.h"
+#include "ssmcore/causal_conv1d.h"
+#include "ssmcore/embedding.h"
+#include "ssmcore/linear.h"
+#include "ssmcore/mamba_block.h"
+#include "ssmcore/rms_norm.h"
+#include "ssmcore/sample.h"
+#include "ssmcore/selective_scan.h"
+#include "ssmcore/selective_state_update.h"
+
+namespace ssmcore::c_api {
+namespace {
+
+SelectiveScanFwdArgs lower(const ssmcore_selective_scan_fwd_args& c, const TensorReader& tensor) {
+  SelectiveScanFwdArgs args;
+  args.u = tensor(c.u, "u");
+  args.delta = tensor(c.delta, "delta");
+  args.A = tensor(c.A, "A");
+  args.B = tensor(c.B, "B");
+  args.C = tensor(c.C, "C");
+  args.D = tensor(c.D, "D");
+  args.z = tensor(c.z, "z");
+  args.delta_bias = tensor(c.delta_bias, "delta_bias");
+  args.delta_softplus = c.delta_softplus != 0;
+  args.cu_seqlens = tensor(c.cu_seqlens, "cu_seqlens");
+  args.initial_state = tensor(c.initial_state, "initial_state");
+  args.last_state = tensor(c.last_state, "last_state");
+  args.state_indices = tensor(c.state_indices, "state_indices");
+  args.chunk_states = tensor(c.chunk_states, "chunk_states");
+  args.chunk_size = c.chunk_size;
+  args.delta_sum = tensor(c.delta_sum, "delta_sum");
+  args.out = tensor(c.out, "out");
+  return args;
+}
+
+SelectiveStateUpdateArgs lower(const ssmcore_selective_state_update_args& c,
+                               const TensorReader& tensor) {
+  SelectiveStateUpdateArgs args;
+  args.state = tensor(c.state, "state");
+  args.x = tensor(c.x, "x");
+  args.dt = tensor(c.dt, "dt");
+  args.A = tensor(c.A, "A");
+  args.B = tensor(c.B, "B");
+  args.C = tensor(c.C, "C");
+  args.D = tensor(c.D, "D");
+  args.z = tensor(c.z, "z");
+  args.dt_bias = tensor(c.dt_bias, "dt_bias");
+  args.dt_softplus = c.dt_softplus != 0;
+  args.state_indices = tensor(c.state_indices, "state_indices");
+  args.out = tensor(c.out, "out");
+  return args;
+}
+
+Activation to_activation(const char* op, int32_t activation) {
+  if (activation == SSMCORE_ACTIVATION_NONE) return Activation::none;
+  if (activation == SSMCORE_ACTIVATION_SILU) return Activation::silu;
+  throw Error(ErrorCode::invalid_argument, std::string(op) + ": activation is " +
+                                               std::to_string(activation) +
+                                               ", expected 0 (none) or 1 (SiLU)");
+}
+
+CausalConv1dFwdArgs lower(const ssmcore_causal_conv1d_fwd_args& c, const TensorReader& tensor) {
+  CausalConv1dFwdArgs args;
+  args.x = tensor(c.x, "x");
+  args.weight = tensor(c.weight, "weight");
+  args.bias = tensor(c.bias, "bias");
+  args.activation = to_activation(tensor.op(), c.activation);
+  args.initial_state = tensor(c.initial_state, "initial_state");
+  args.final_state = tensor(c.final_state, "final_state");
+  args.state_indices = tensor(c.state_indices, "state_indices");
+  args.cu_seqlens = tensor(c.cu_seqlens, "cu_seqlens");
+  args.seq_idx = tensor(c.seq_idx, "seq_idx");
+  args.out = tensor(c.out, "out");
+  return args;
+}
+
+CausalConv1dUpdateArgs lower(const ssmcore_causal_conv1d_update_args& c,
+                             const TensorReader& tensor) {
+  CausalConv1dUpdateArgs args;
+  args.x = tensor(c.x, "x");
+  args.conv_state = tensor(c.conv_state, "conv_state");
+  args.cache_seqlens = tensor(c.cache_seqlens, "cache_seqlens");
+  args.weight = tensor(c.weight, "weight");
+  args.bias = tensor(c.bias, "bias");
+  args.activation = to_activation(tensor.op(), c.activation);
+  args.state_indices = tensor(c.state_indices, "state_indices");
+  args.out = tensor(c.out, "out");
+  return args;
+}
+
+RmsNormFwdArgs lower(const ssmcore_rms_norm_fwd_args& c, const TensorReader& tensor) {
+  RmsNormFwdArgs args;
+  args.x = tensor(c.x, "x");
+  args.weight = tensor(c.weight, "weight");
+  args.residual = tensor(c.residual, "residual");
+  args.residual_out = tensor(c.residual_out, "residual_out");
+  args.z = tensor(c.z, "z");
+  args.out = tensor(c.out, "out");
+  args.group_size = c.group_size;
+  args.norm_before_gate = c.norm_before_gate != 0;
+  if (c.eps != 0) args.eps = c.eps;
+  return args;
+}
+
+LinearArgs lower(const ssmcore_linear_args& c, const TensorReader& tensor) {
+  LinearArgs args;
+  args.x = tensor(c.x, "x");
+  args.weight = tensor(c.weight, "weight");
+  args.bias = tensor(c.bias, "bias");
+  args.out = tensor(c.out, "out");
+  return args;
+}
+
+EmbeddingArgs lower(const ssmcore_embedding_args& c, const TensorReader& tensor) {
+  EmbeddingArgs args;
+  args.token_ids = tensor(c.token_ids, "token_ids");
+  args.weight = tensor(c.weight, "weight");
+  args.out = tensor(c.out, "out");
+  return args;
+}
+
+size_t embedding_workspace_size(const EmbeddingArgs&, const Context&) {
+  return 0;
+}
+
+SampleArgs lower(const ssmcore_sample_args& c, const TensorReader& tensor) {
+  SampleArgs args;
+  args.logits = tensor(c.logits, "logits");
+  args.history = tensor(c.history, "history");
+  args.repetition_penalty = tensor(c.repetition_penalty, "repetition_penalty");
+  args.temperature = tensor(c.temperature, "temperature");
+  args.top_k = tensor(c.top_k, "top_k");
+  args.top_p = tensor(c.top_p, "top_p");
+  args.min_p = tensor(c.min_p, "min_p");
+  args.seed = tensor(c.seed, "seed");
+  args.position = tensor(c.position, "position");
+  args.out = tensor(c.out, "out");
+  return args;
+}
+
+// The block's arguments point to its weights, which live here.
+struct OwningBlockArgs : MambaBlockFwdArgs {
+  OwningBlockArgs(const ssmcore_mamba_block_fwd_args& c, const TensorReader& tensor);
+  OwningBlockArgs(const OwningBlockArgs&) = delete;
+
+  MambaBlockWeights owned;
+};
+
+OwningBlockArgs::OwningBlockArgs(const ssmcore_mamba_block_fwd_args& c,
+                                 const TensorReader& tensor) {
+  const ssmcore_mamba_block_weights w = read_struct(tensor.op(), "weights", c.weights);
+  owned.in_proj = tensor(w.in_proj, "in_proj");
+  owned.in_proj_bias = tensor(w.in_proj_bias, "in_proj_bias");
+  owned.conv_weight = tensor(w.conv_weight, "conv_weight");
+  owned.conv_bias = tensor(w.conv_bias, "conv_bias");
+  owned.x_proj = tensor(w.x_proj, "x_proj");
+  owned.dt_proj = tensor(w.dt_proj, "dt_proj");
+  owned.dt_bias = tensor(w.dt_bias, "dt_bias");
+  owned.A = tensor(w.A, "A");
+  owned.D = tensor(w.D, "D");
+  owned.out_proj = tensor(w.out_proj, "out_proj");
+  owned.out_proj_bias = tensor(w.out_proj_bias, "out_proj_bias");
+  owned.dt_B_C_norm_eps = w.dt_B_C_norm_eps;
+  weights = &owned;
+  x = tensor(c.x, "x");
+  out = tensor(c.out, "out");
+  conv_state = tensor(c.conv_state, "conv_state");
+  ssm_state = tensor(c.ssm_state, "ssm_state");
+  state_indices = tensor(c.state_indices, "state_indices");
+  cu_seqlens = tensor(c.cu_seqlens, "cu_seqlens");
+}
+
+OwningBlockArgs lower(const ssmcore_mamba_block_fwd_args& c, const TensorReader& tensor) {
+  return OwningBlockArgs(c, tensor);
+}
+
+template <typename Args>
+using WorkspaceSize = size_t (*)(const Args&, const Context&);
+
+template <typename CArgs, typename Args>
+ssmcore_status query(const char* op, WorkspaceSize<Args> workspace_size,
+                     const ssmcore_context* context, const CArgs* c_args, size_t* bytes) {
+  return guarded([&] {
+    const Context& device_context = required(op, "context", context).held->context;
+    const auto args = lower(read_struct(op, "args", c_args), TensorReader(op));
+    required(op, "bytes", bytes) = workspace_size(args, device_context);
+  });
+}
+
+template <typename CArgs, typename Args>
+ssmcore_status run(const char* op, WorkspaceSize<Args> workspace_size,
+                   void (*function)(const Args&, const Exec&), const ssmcore_context* context,
+                   const CArgs* c_args, void* workspace, size_t workspace_bytes, void* stream) {
+  return guarded([&] {
+    const Context& device_context = required(op, "context", context).held->context;
+    const auto args = lower(read_struct(op, "args", c_args), TensorReader(op));
+    with_workspace(
+        op, {device_context, workspace, workspace_bytes, stream},
+        [&] { return workspace_size(args, device_context); },
+        [&](const Exec& exec) { function(args, exec); });
+  });
+}
+
+}  // namespace
+}  // namespace ssmcore::c_api
+
+using namespace ssmcore;
+using namespace ssmcore::c_api;
+
+// Defines ssmcore_<name> and ssmcore_<name>_workspace_size; errors begin with `op`.
+#define SSMCORE_DEFINE_OPERATOR(name, op)                                                          \
+  ssmcore_status ssmcore_##name##_workspace_size(                                                  \
+      const ssmcore_context* context, const ssmcore_##name##_args* args, size_t* bytes) {          \
+    return query(op, name##_workspace_size, context, args, bytes);                                 \
+  }                                                                                                \
+  ssmcore_status ssmcore_##name(const ssmcore_context* context, const ssmcore_##name##_args* args, \
+                                void* workspace, size_t workspace_bytes, void* stream) {           \
+    return run(op, name##_workspace_size, name, context, args, workspace, workspace_bytes,         \
+               stream);                                                                            \
+  }
+
+SSMCORE_DEFINE_OPERATOR(selective_scan_fwd, "selective_scan")
+SSMCORE_DEFINE_OPERATOR(selective_state_update, "selective_state_update")
+SSMCORE_DEFINE_OPERATOR(causal_conv1d_fwd, "causal_conv1d")
+SSMCORE_DEFINE_OPERATOR(causal_conv1d_update, "causal_conv1d_update")
+SSMCORE_DEFINE_OPERATOR(rms_norm_fwd, "rms_norm")
+SSMCORE_DEFINE_OPERATOR(linear, "linear")
+SSMCORE_DEFINE_OPERATOR(embedding, "embedding")
+SSMCORE_DEFINE_OPERATOR(sample, "sample")
+SSMCORE_DEFINE_OPERATOR(mamba_block_fwd, "mamba_block")
