@@ -112,10 +112,11 @@ class Model:
             self._language_model.forward(batch, None, native, slots, ends)
             return None, state
         shape = batch.shape if logits == "all" else (num_rows,)
-        out = library_of(token_ids).empty((*shape, self.config.vocab_size), "float32")
+        library = library_of(token_ids)
+        out = library.empty((*shape, self.config.vocab_size), "float32")
         self._language_model.forward(batch, out, native, slots, ends)
         is_batch = ids.ndim == 2 or (packed and logits == "last")
-        return (out if is_batch else out[0]), state
+        return library.hand_over(out if is_batch else out[0]), state
 
     def step(self, token_ids: Any, state: State, *, state_indices: Any = None) -> Any:
         """Feeds one token to each of B sequences and returns the logits of the next, (B, V).
@@ -127,9 +128,10 @@ class Model:
         slots = as_int32(state_indices, "step", "state_indices")
         if ids.ndim == 2 and ids.shape[1] != 1:
             raise InvalidArgumentError(f"step: token_ids should be (B,) or (B, 1), got {ids.shape}")
-        out = library_of(token_ids).empty((len(ids), self.config.vocab_size), "float32")
+        library = library_of(token_ids)
+        out = library.empty((len(ids), self.config.vocab_size), "float32")
         self._language_model.forward(ids.reshape(-1, 1), out, _native(state, "step"), slots)
-        return out
+        return library.hand_over(out)
 
     def generate(
         self,

@@ -1,9 +1,10 @@
-"""The operators of selective state space models, on NumPy arrays and torch tensors.
+"""The operators of selective state space models, on NumPy, torch, JAX and other DLPack arrays.
 
-Outputs are arrays of the library that the first argument belongs to; inputs are never copied and
-may have any non-negative strides. Shapes use the field's names: B batch, L sequence length, D
-channels, N state size, G groups, W convolution width. Activations are float32, bfloat16 (NumPy:
-ml_dtypes) or float16, one type in a call; A, D, biases of delta, and the scan's states are float32.
+Outputs are arrays of the library that the first argument belongs to; inputs are never copied, may
+be read-only and may have any non-negative strides. What is updated in place must be writable, which
+JAX arrays never are. Shapes use the field's names: B batch, L sequence length, D channels, N state
+size, G groups, W convolution width. Activations are float32, bfloat16 (NumPy: ml_dtypes) or
+float16, one type in a call; A, D, biases of delta, and the scan's states are float32.
 
 Packed sequences lie one after another in a batch of 1, sequence s in the steps
 [cu_seqlens[s], cu_seqlens[s + 1]) of (S + 1,) int32 `cu_seqlens`; states are then (S, ...).
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from . import _core
-from ._arrays import dtype_name, library_of
+from ._arrays import dtype_name, library_of, require_mutable, reshaped
 from .errors import InvalidArgumentError
 
 Array = Any
@@ -48,9 +49,18 @@ def _require_rank(array: Any, what: str, rank: int, dims: str) -> None:
         raise InvalidArgumentError(f"{what} has shape {tuple(array.shape)}, expected {dims}")
 
 
+def _require_size(value: Any, what: str) -> None:
+    if not isinstance(value, (int, np.integer)) or value < 1:
+        raise InvalidArgumentError(f"{what} is {value!r}, expected a whole number of at least 1")
+
+
+def _as_numpy(array: Array) -> np.ndarray:
+    return np.asarray(array) if hasattr(array, "__array__") else np.from_dlpack(array)
+
+
 def _rows(array: Array) -> Array:
     """(..., n) as (rows, n)."""
-    return array if len(array.shape) == 2 else array.reshape(-1, array.shape[-1])
+    return array if len(array.shape) == 2 else reshaped(array, -1, array.shape[-1])
 
 
 def selective_scan(
@@ -103,17 +113,15 @@ def selective_scan(
     rows, lengths = batch, np.full(batch, seqlen)
     if cu_seqlens is not None:
         _require_rank(cu_seqlens, "selective_scan: cu_seqlens", 1, "(sequences + 1,)")
-        lengths = np.maximum(np.diff(np.asarray(cu_seqlens)), 0)
+        # Entries that are no boundaries are refused below.
+        lengths = np.clip(np.diff(_as_numpy(cu_seqlens)), 0, seqlen)
         rows = len(lengths)
     out = library.empty(u.shape, dtype_name(u))
     last_state = chunk_states = delta_sum = None
     if return_last_state:
         last_state = library.empty((rows, dim, dstate), dtype_name(A))
     if chunk_size is not None:
-        if chunk_size < 1:
-            raise InvalidArgumentError(
-                f"selective_scan: chunk_size is {chunk_size}, expected at least 1"
-            )
+        _require_size(chunk_size, "selective_scan: chunk_size")
         chunks = -(-lengths // chunk_size)
         shape = (batch, int(chunks[0]) if cu_seqlens is None else int(chunks.sum()), dim, dstate)
         chunk_states = library.empty(shape, dtype_name(A))
@@ -138,8 +146,12 @@ def selective_scan(
         delta_sum=delta_sum,
         out=out,
     )
-    extras = [extra for extra in (last_state, chunk_states, delta_sum) if extra is not None]
-    return (out, *extras) if extras else out
+    results = [
+        library.hand_over(result)
+        for result in (out, last_state, chunk_states, delta_sum)
+        if result is not None
+    ]
+    return tuple(results) if len(results) > 1 else results[0]
 
 
 def selective_state_update(
@@ -177,7 +189,13 @@ def selective_state_update(
         (B, D), like x.
     """
     _require_array(x, "selective_state_update: x")
-    out = library_of(x).empty(x.shape, dtype_name(x))
+    require_mutable(
+        state,
+        "selective_state_update: state",
+        "selective_scan over one step takes it as initial_state and returns last_state",
+    )
+    library = library_of(x)
+    out = library.empty(x.shape, dtype_name(x))
     _core.selective_state_update(
         state=state,
         x=x,
@@ -192,7 +210,7 @@ def selective_state_update(
         state_indices=state_indices,
         out=out,
     )
-    return out
+    return library.hand_over(out)
 
 
 def causal_conv1d(
@@ -233,7 +251,7 @@ def causal_conv1d(
         rows = x.shape[0]
         if cu_seqlens is not None:
             _require_rank(cu_seqlens, "causal_conv1d: cu_seqlens", 1, "(sequences + 1,)")
-            rows = cu_seqlens.shape[0] - 1
+            rows = max(cu_seqlens.shape[0] - 1, 0)
         final_state = library.empty((rows, x.shape[1], state_len), dtype_name(x))
     _core.causal_conv1d(
         x=x,
@@ -246,7 +264,8 @@ def causal_conv1d(
         final_state=final_state,
         out=out,
     )
-    return (out, final_state) if return_final_state else out
+    out = library.hand_over(out)
+    return (out, library.hand_over(final_state)) if return_final_state else out
 
 
 def causal_conv1d_update(
@@ -276,7 +295,13 @@ def causal_conv1d_update(
         x's shape and dtype.
     """
     _require_array(x, "causal_conv1d_update: x")
-    out = library_of(x).empty(x.shape, dtype_name(x))
+    require_mutable(
+        conv_state,
+        "causal_conv1d_update: conv_state",
+        "causal_conv1d takes it as initial_state and returns the final state",
+    )
+    library = library_of(x)
+    out = library.empty(x.shape, dtype_name(x))
     _core.causal_conv1d_update(
         x=x,
         conv_state=conv_state,
@@ -287,7 +312,7 @@ def causal_conv1d_update(
         state_indices=state_indices,
         out=out,
     )
-    return out
+    return library.hand_over(out)
 
 
 def rms_norm(
@@ -317,6 +342,8 @@ def rms_norm(
         out, like x; with a residual (out, r), r in the residual's dtype.
     """
     _require_array(x, "rms_norm: x")
+    if group_size is not None:
+        _require_size(group_size, "rms_norm: group_size")
     library = library_of(x)
     out = library.empty(x.shape, dtype_name(x))
     for name, array in (("residual", residual), ("z", z)):
@@ -341,7 +368,8 @@ def rms_norm(
         norm_before_gate=norm_before_gate,
         eps=eps,
     )
-    return out if residual is None else (out, residual_out)
+    out = library.hand_over(out)
+    return out if residual is None else (out, library.hand_over(residual_out))
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
@@ -357,9 +385,10 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """
     _require_array(x, "linear: x")
     _require_rank(weight, "linear: weight", 2, "(out_features, in_features)")
-    out = library_of(x).empty((*x.shape[:-1], weight.shape[0]), dtype_name(x))
+    library = library_of(x)
+    out = library.empty((*x.shape[:-1], weight.shape[0]), dtype_name(x))
     _core.linear(x=_rows(x), weight=weight, bias=bias, out=_rows(out))
-    return out
+    return library.hand_over(out)
 
 
 def embedding(token_ids: Array, weight: Array) -> Array:
@@ -374,9 +403,10 @@ def embedding(token_ids: Array, weight: Array) -> Array:
     """
     _require_array(token_ids, "embedding: token_ids")
     _require_rank(weight, "embedding: weight", 2, "(vocab_size, d_model)")
-    out = library_of(weight).empty((*token_ids.shape, weight.shape[1]), dtype_name(weight))
-    _core.embedding(token_ids=token_ids.reshape(-1), weight=weight, out=_rows(out))
-    return out
+    library = library_of(weight)
+    out = library.empty((*token_ids.shape, weight.shape[1]), dtype_name(weight))
+    _core.embedding(token_ids=reshaped(token_ids, -1), weight=weight, out=_rows(out))
+    return library.hand_over(out)
 
 
 def sample(
@@ -409,11 +439,12 @@ def sample(
         position: the draw's number in its sequence.
 
     Returns:
-        (B,), int64.
+        (B,), int64 (in JAX its default integer, int32 unless x64 is enabled).
     """
     _require_rank(logits, "sample: logits", 2, "(batch, vocab_size)")
     batch = logits.shape[0]
-    out = library_of(logits).empty((batch,), "int64")
+    library = library_of(logits)
+    out = library.empty((batch,), "int64")
 
     def setting(name: str, value: Any, dtype: str) -> np.ndarray:
         try:
@@ -441,7 +472,7 @@ def sample(
         position=setting("position", position, "int64"),
         out=out,
     )
-    return out
+    return library.hand_over(out)
 
 
 def mamba_block(
@@ -491,7 +522,10 @@ def mamba_block(
             f"mamba_block: conv1d.weight has shape {tuple(conv_weight.shape)}, "
             "expected (dim, 1, width)"
         )
-    _require_array(weights["A_log"], "mamba_block: A_log")
+    A_log = weights["A_log"]
+    _require_array(A_log, "mamba_block: A_log")
+    for name, state in (("conv_state", conv_state), ("ssm_state", ssm_state)):
+        require_mutable(state, f"mamba_block: {name}", "pass a NumPy array, which x need not be")
     library = library_of(x)
     out = library.empty(x.shape, dtype_name(x))
     _core.mamba_block(
@@ -503,7 +537,7 @@ def mamba_block(
         x_proj=weights["x_proj.weight"],
         dt_proj=weights["dt_proj.weight"],
         dt_bias=weights["dt_proj.bias"],
-        A=-library.exp(weights["A_log"]),
+        A=-library_of(A_log).exp(A_log),
         D=weights["D"],
         out_proj=weights["out_proj.weight"],
         out_proj_bias=weights.get("out_proj.bias"),
@@ -511,4 +545,4 @@ def mamba_block(
         ssm_state=ssm_state,
         out=out,
     )
-    return out
+    return library.hand_over(out)

@@ -34,18 +34,25 @@ class _Random:
         self.dtype = dtype
         self.layout = layout
 
+    def _placed(self, values: np.ndarray, dtype: str | None) -> np.ndarray:
+        name = dtype or self.dtype
+        return place(values.astype(DTYPES.get(name, name)), self.layout)
+
     def normal(self, *shape: int, dtype: str | None = None, scale: float = 1.0) -> np.ndarray:
         values = scale * self.generator.standard_normal(shape)
-        return place(values.astype(DTYPES[dtype or self.dtype]), self.layout)
+        if dtype == "complex64":
+            values = values + 1j * scale * self.generator.standard_normal(shape)
+        return self._placed(values, dtype)
 
     def uniform(self, low: float, high: float, *shape: int, dtype: str | None = None) -> np.ndarray:
-        values = self.generator.uniform(low, high, shape)
-        return place(values.astype(DTYPES[dtype or self.dtype]), self.layout)
+        return self._placed(self.generator.uniform(low, high, shape), dtype)
 
-    def decay(self, dim: int, dstate: int) -> np.ndarray:
-        """A in float32: negative rates from 1/16 to 16."""
-        rates = np.exp2(self.generator.uniform(-4, 4, (dim, dstate)))
-        return place(-rates.astype(np.float32), self.layout)
+    def decay(self, *shape: int, dtype: str = "float32") -> np.ndarray:
+        """A: negative rates from 1/16 to 16; if complex, at frequencies from -8 to 8."""
+        values = -np.exp2(self.generator.uniform(-4, 4, shape))
+        if dtype == "complex64":
+            values = values + 1j * self.generator.uniform(-8, 8, shape)
+        return self._placed(values, dtype)
 
 
 # Everything but float32, base rows having float32.
@@ -59,6 +66,7 @@ class ScanCase:
     seqlen: int = 67
     dstate: int = 16
     dtype: str = "float32"
+    A: str = "real"  # or "complex"
     B: str = "shared"  # or "constant", "1 group", "3 groups"
     C: str = "shared"
     D: bool = True
@@ -68,23 +76,33 @@ class ScanCase:
     initial_state: bool = True
     layout: str = "contiguous"
 
+    @property
+    def parameter_dtype(self) -> str:
+        """Of D, delta_bias and sums of delta."""
+        return "float64" if self.dtype == "float64" else "float32"
+
+    @property
+    def state_dtype(self) -> str:
+        """Also of A, and of B and C where they are constant."""
+        return "complex64" if self.A == "complex" else self.parameter_dtype
+
     def inputs(self) -> dict[str, Any]:
         random = _Random(self.dtype, self.layout)
         sequence = (self.batch, self.dim, self.seqlen)
         steps = random.normal(*sequence)
         if not self.delta_softplus:
             steps = random.uniform(0.01, 1, *sequence)
-        bias = random.uniform(-3, 0, self.dim, dtype="float32")
+        bias = random.uniform(-3, 0, self.dim, dtype=self.parameter_dtype)
         if not self.delta_softplus:
             bias = -bias
-        state = random.normal(self.batch, self.dim, self.dstate, dtype="float32")
+        state = random.normal(self.batch, self.dim, self.dstate, dtype=self.state_dtype)
         return {
             "u": random.normal(*sequence),
             "delta": steps,
-            "A": random.decay(self.dim, self.dstate),
+            "A": random.decay(self.dim, self.dstate, dtype=self.state_dtype),
             "B": self._coefficients(random, self.B),
             "C": self._coefficients(random, self.C),
-            "D": random.normal(self.dim, dtype="float32") if self.D else None,
+            "D": random.normal(self.dim, dtype=self.parameter_dtype) if self.D else None,
             "z": random.normal(*sequence) if self.z else None,
             "delta_bias": bias if self.delta_bias else None,
             "delta_softplus": self.delta_softplus,
@@ -93,28 +111,31 @@ class ScanCase:
 
     def _coefficients(self, random: _Random, form: str) -> np.ndarray:
         if form == "constant":
-            return random.normal(self.dim, self.dstate, dtype="float32")
+            return random.normal(self.dim, self.dstate, dtype=self.state_dtype)
+        steps = 2 * self.seqlen if self.A == "complex" else self.seqlen
         if form == "shared":
-            return random.normal(self.batch, self.dstate, self.seqlen)
-        return random.normal(self.batch, int(form.split()[0]), self.dstate, self.seqlen)
+            return random.normal(self.batch, self.dstate, steps)
+        return random.normal(self.batch, int(form.split()[0]), self.dstate, steps)
 
 
-SCAN_CASES = rows(
-    ScanCase(),
-    batch=(1, 5),
-    dim=(1, 7, 129),
-    seqlen=(1, 2, 3, 64, 300),
-    dstate=(1, 3, 8, 64, 256),
-    dtype=NARROW,
-    B=("constant", "1 group", "3 groups"),
-    C=("constant", "1 group", "3 groups"),
-    D=(False,),
-    z=(False,),
-    delta_bias=(False,),
-    delta_softplus=(False,),
-    initial_state=(False,),
-    layout=LAYOUTS,
-)
+_SCAN_ALTERNATIVES: dict[str, Sequence[Any]] = {
+    "batch": (1, 5),
+    "dim": (1, 7, 129),
+    "seqlen": (1, 2, 3, 64, 300),
+    "dstate": (1, 3, 8, 64, 256),
+    "B": ("constant", "1 group", "3 groups"),
+    "C": ("constant", "1 group", "3 groups"),
+    "D": (False,),
+    "z": (False,),
+    "delta_bias": (False,),
+    "delta_softplus": (False,),
+    "initial_state": (False,),
+    "layout": LAYOUTS,
+}
+
+SCAN_CASES = rows(ScanCase(), dtype=NARROW, **_SCAN_ALTERNATIVES)
+FLOAT64_SCAN_CASES = rows(ScanCase(dtype="float64"), **_SCAN_ALTERNATIVES)
+COMPLEX_SCAN_CASES = rows(ScanCase(A="complex"), dtype=NARROW, **_SCAN_ALTERNATIVES)
 
 
 @dataclass(frozen=True)
@@ -123,6 +144,8 @@ class StateUpdateCase:
     dim: int = 24
     dstate: int = 16
     dtype: str = "float32"
+    nheads: int | None = None  # None: x is (batch, dim); else (batch, nheads, dim / nheads)
+    A: str = "real"  # or "complex"
     ngroups: int | None = None  # None: B and C are (batch, dstate)
     D: bool = True
     z: bool = True
@@ -134,37 +157,48 @@ class StateUpdateCase:
     def inputs(self) -> dict[str, Any]:
         random = _Random(self.dtype, self.layout)
         slots = self.batch if self.state_indices is None else 5
+        channels = (self.dim,)
+        if self.nheads is not None:
+            channels = (self.nheads, self.dim // self.nheads)
         groups = () if self.ngroups is None else (self.ngroups,)
-        bias = random.uniform(-3, 0, self.dim, dtype="float32")
+        pair = (2,) if self.A == "complex" else ()
+        state_dtype = "complex64" if self.A == "complex" else "float32"
+        bias = random.uniform(-3, 0, *channels, dtype="float32")
         indices = np.array(self.state_indices or [], np.int32)
         return {
-            "state": random.normal(slots, self.dim, self.dstate, dtype="float32"),
-            "x": random.normal(self.batch, self.dim),
-            "dt": random.uniform(0.01, 1, self.batch, self.dim),
-            "A": random.decay(self.dim, self.dstate),
-            "B": random.normal(self.batch, *groups, self.dstate),
-            "C": random.normal(self.batch, *groups, self.dstate),
-            "D": random.normal(self.dim, dtype="float32") if self.D else None,
-            "z": random.normal(self.batch, self.dim) if self.z else None,
+            "state": random.normal(slots, *channels, self.dstate, dtype=state_dtype),
+            "x": random.normal(self.batch, *channels),
+            "dt": random.uniform(0.01, 1, self.batch, *channels),
+            "A": random.decay(*channels, self.dstate, dtype=state_dtype),
+            "B": random.normal(self.batch, *groups, self.dstate, *pair),
+            "C": random.normal(self.batch, *groups, self.dstate, *pair),
+            "D": random.normal(*channels, dtype="float32") if self.D else None,
+            "z": random.normal(self.batch, *channels) if self.z else None,
             "dt_bias": (bias if self.dt_softplus else -bias) if self.dt_bias else None,
             "dt_softplus": self.dt_softplus,
             "state_indices": None if self.state_indices is None else place(indices, self.layout),
         }
 
 
-STATE_UPDATE_CASES = rows(
-    StateUpdateCase(),
-    batch=(1, 33),
-    dim=(1, 7, 129),
-    dstate=(1, 3, 64, 256),
-    dtype=NARROW,
-    ngroups=(1, 3),
-    D=(False,),
-    z=(False,),
-    dt_bias=(False,),
-    dt_softplus=(False,),
-    state_indices=((4, 0, 2), (1, -1, 3), (-1, -1, -1)),
-    layout=LAYOUTS,
+_STATE_UPDATE_ALTERNATIVES: dict[str, Sequence[Any]] = {
+    "batch": (1, 33),
+    "dstate": (1, 3, 64, 256),
+    "dtype": NARROW,
+    "ngroups": (1, 3),
+    "D": (False,),
+    "z": (False,),
+    "dt_bias": (False,),
+    "dt_softplus": (False,),
+    "state_indices": ((4, 0, 2), (1, -1, 3), (-1, -1, -1)),
+    "layout": LAYOUTS,
+}
+
+STATE_UPDATE_CASES = rows(StateUpdateCase(), dim=(1, 7, 129), **_STATE_UPDATE_ALTERNATIVES)
+HEADS_UPDATE_CASES = rows(
+    StateUpdateCase(nheads=6), dim=(6, 42, 300), A=("complex",), **_STATE_UPDATE_ALTERNATIVES
+)
+COMPLEX_UPDATE_CASES = rows(
+    StateUpdateCase(A="complex"), dim=(1, 7, 129), **_STATE_UPDATE_ALTERNATIVES
 )
 
 
@@ -224,6 +258,7 @@ class ConvUpdateCase:
     bias: bool = True
     activation: str | None = "silu"
     state_len: int = 3
+    cache_seqlens: tuple[int, ...] | None = None  # None: the state is shifted, not circular
     state_indices: tuple[int, ...] | None = None  # into 5 slots
     layout: str = "contiguous"
 
@@ -232,29 +267,38 @@ class ConvUpdateCase:
         slots = self.batch if self.state_indices is None else 5
         tokens = () if self.tokens is None else (self.tokens,)
         state_len = max(self.state_len, self.width - 1)
-        indices = np.array(self.state_indices or [], np.int32)
+        seen, indices = (
+            None if entries is None else place(np.array(entries, np.int32), self.layout)
+            for entries in (self.cache_seqlens, self.state_indices)
+        )
         return {
             "x": random.normal(self.batch, self.dim, *tokens),
             "conv_state": random.normal(slots, self.dim, state_len),
             "weight": random.normal(self.dim, self.width),
             "bias": random.normal(self.dim) if self.bias else None,
             "activation": self.activation,
-            "state_indices": None if self.state_indices is None else place(indices, self.layout),
+            "cache_seqlens": seen,
+            "state_indices": indices,
         }
 
 
-CONV_UPDATE_CASES = rows(
-    ConvUpdateCase(),
-    batch=(1, 33),
-    dim=(1, 7, 129),
-    tokens=(1, 2, 3, 9),
-    width=(2, 3, 5, 6, 7, 8),
-    dtype=NARROW,
-    bias=(False,),
-    activation=(None,),
-    state_len=(4, 9),
-    state_indices=((4, 0, 2), (1, -1, 3), (-1, -1, -1)),
-    layout=LAYOUTS,
+_CONV_UPDATE_ALTERNATIVES: dict[str, Sequence[Any]] = {
+    "dim": (1, 7, 129),
+    "tokens": (1, 2, 3, 9, 300),
+    "width": (2, 3, 5, 6, 7, 8),
+    "dtype": NARROW,
+    "bias": (False,),
+    "activation": (None,),
+    "state_len": (4, 9),
+    "state_indices": ((4, 0, 2), (1, -1, 3), (-1, -1, -1)),
+    "layout": LAYOUTS,
+}
+
+CONV_UPDATE_CASES = rows(ConvUpdateCase(), batch=(1, 33), **_CONV_UPDATE_ALTERNATIVES)
+CIRCULAR_CONV_CASES = rows(
+    ConvUpdateCase(cache_seqlens=(5, 0, 1_000_003)),
+    cache_seqlens=((3, 3, 3), (1, 2, 7), (2**31 - 1, 2**31 - 2, 12)),
+    **_CONV_UPDATE_ALTERNATIVES,
 )
 
 
@@ -262,34 +306,58 @@ CONV_UPDATE_CASES = rows(
 class NormCase:
     shape: tuple[int, ...] = (5, 96)
     dtype: str = "float32"
-    weight_dtype: str = "float32"
+    weight_dtype: str | None = "float32"  # None: no weight
     residual_dtype: str | None = "float32"  # None: no residual
+    z_dtype: str | None = None  # None: no gate
+    group_size: int | None = None
+    norm_before_gate: bool = False
     eps: float = 1e-5
     scale: float = 1.0
     layout: str = "contiguous"
 
     def inputs(self) -> dict[str, Any]:
         random = _Random(self.dtype, self.layout)
-        residual = None
+        residual = weight = z = None
         if self.residual_dtype is not None:
             residual = random.normal(*self.shape, dtype=self.residual_dtype, scale=self.scale)
+        if self.weight_dtype is not None:
+            weight = random.normal(self.shape[-1], dtype=self.weight_dtype)
+        if self.z_dtype is not None:
+            z = random.normal(*self.shape, dtype=self.z_dtype)
         return {
             "x": random.normal(*self.shape, scale=self.scale),
-            "weight": random.normal(self.shape[-1], dtype=self.weight_dtype),
+            "weight": weight,
             "residual": residual,
+            "z": z,
+            "group_size": self.group_size,
+            "norm_before_gate": self.norm_before_gate,
             "eps": self.eps,
         }
 
 
+_NORM_ALTERNATIVES: dict[str, Sequence[Any]] = {
+    "dtype": NARROW,
+    "weight_dtype": (None, *NARROW),
+    "eps": (1e-2,),
+    "scale": (1e-3, 1e3),
+    "layout": LAYOUTS,
+}
+
 NORM_CASES = rows(
     NormCase(),
     shape=((96,), (1, 1), (3, 7), (2, 3, 129), (1, 4096)),
-    dtype=NARROW,
-    weight_dtype=NARROW,
     residual_dtype=(None, *NARROW),
-    eps=(1e-2,),
-    scale=(1e-3, 1e3),
-    layout=LAYOUTS,
+    group_size=(1, 3, 24, 96),
+    **_NORM_ALTERNATIVES,
+)
+GATED_NORM_CASES = rows(
+    NormCase(residual_dtype=None, z_dtype="float32", group_size=24),
+    shape=((96,), (3, 24), (2, 3, 168), (1, 4104)),
+    residual_dtype=("float32", *NARROW),
+    z_dtype=NARROW,
+    group_size=(None, 1, 3, 96),
+    norm_before_gate=(True,),
+    **_NORM_ALTERNATIVES,
 )
 
 

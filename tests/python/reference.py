@@ -1,8 +1,8 @@
 """Sequential fp64 references of the operators, written to be read.
 
-Every function takes arrays of any real dtype, computes in float64 one time step after the other,
-and returns float64 arrays. States are returned, never changed in place. The formulas are those of
-Gu & Dao, arXiv 2312.00752; shapes and names are those of `ssmcore.ops`.
+Every function takes arrays of any dtype, computes in float64 (complex128) one time step after the
+other, and returns such arrays. States are returned, never changed in place. The formulas are those
+of Gu & Dao, arXiv 2312.00752; shapes and names are those of `ssmcore.ops`.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def selective_state_update(
     *,
     state_indices: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(out, state after) of one step: (batch, dim) and (slots, dim, dstate).
+    """(out, state after) of one step: (batch, dim) and (slots, dim, dstate), or dim in two axes.
 
     Row b uses slot state_indices[b]; a negative one starts from zeros and leaves nothing.
     """
@@ -110,10 +110,10 @@ def selective_state_update(
             delta = delta + fp64(dt_bias)
         if dt_softplus:
             delta = softplus(delta)
-        groups = np.arange(A.shape[0]) // (A.shape[0] // np.atleast_2d(B[b]).shape[0])
-        B_b, C_b = (fp64(np.atleast_2d(v[b]))[groups] for v in (B, C))
-        h = np.exp(delta[:, None] * A) * h + delta[:, None] * B_b * fp64(x[b])[:, None]
-        out[b] = (C_b * h).sum(axis=-1)
+        B_b, C_b = (_of_channels(fp64(v[b]), A) for v in (B, C))
+        h = np.exp(delta[..., None] * A) * h + delta[..., None] * B_b * fp64(x[b])[..., None]
+        y = (C_b * h).sum(axis=-1)
+        out[b] = 2 * y.real if np.iscomplexobj(A) else y
         if D is not None:
             out[b] += fp64(D) * fp64(x[b])
         if z is not None:
@@ -121,6 +121,15 @@ def selective_state_update(
         if slot >= 0:
             state[slot] = h
     return out, state
+
+
+def _of_channels(coefficients: np.ndarray, A: np.ndarray) -> np.ndarray:
+    """B or C of one row and step, ([ngroups,] dstate[, 2]), as (dim, dstate) or heads of it."""
+    if np.iscomplexobj(A):
+        coefficients = coefficients[..., 0] + 1j * coefficients[..., 1]
+    coefficients = np.atleast_2d(coefficients)
+    coefficients = np.repeat(coefficients, len(A) // len(coefficients), axis=0)
+    return coefficients if A.ndim == 2 else coefficients[:, None]  # the same for a whole head
 
 
 def causal_conv1d(
@@ -154,6 +163,35 @@ def causal_conv1d(
     return out, inputs[:, :, seqlen:]
 
 
+def causal_conv1d_numbered(
+    x: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray | None = None,
+    activation: str | None = None,
+    *,
+    seq_idx: np.ndarray,
+) -> np.ndarray:
+    """out of the convolution whose steps see those of their own number; 0 where it is negative."""
+    x, weight = fp64(x), fp64(weight)
+    batch, _, seqlen = x.shape
+    width = weight.shape[1]
+    out = np.zeros(x.shape)
+    for b in range(batch):
+        for t in range(seqlen):
+            number = seq_idx[b, t]
+            if number < 0:
+                continue
+            for w in range(width):
+                before = t - width + 1 + w
+                if before >= 0 and seq_idx[b, before] == number:
+                    out[b, :, t] += weight[:, w] * x[b, :, before]
+            if bias is not None:
+                out[b, :, t] += fp64(bias)
+            if activation == "silu":
+                out[b, :, t] = silu(out[b, :, t])
+    return out
+
+
 def causal_conv1d_update(
     x: np.ndarray,
     conv_state: np.ndarray,
@@ -161,37 +199,63 @@ def causal_conv1d_update(
     bias: np.ndarray | None = None,
     activation: str | None = None,
     *,
+    cache_seqlens: np.ndarray | None = None,
     state_indices: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(out, conv_state after) of the next tokens: x is (batch, dim) or (batch, dim, tokens).
 
-    The state (slots, dim, state_len) shifts to the left by the number of tokens. Row b uses slot
+    The state (slots, dim, state_len) shifts to the left by the number of tokens; with
+    `cache_seqlens`, input number i of a row is at i modulo state_len instead. Row b uses slot
     state_indices[b]; a negative one starts from zeros and leaves nothing.
     """
     conv_state = fp64(conv_state)
+    state_len = conv_state.shape[2]
     tokens = fp64(x).reshape(*x.shape[:2], -1)
     out = np.empty(tokens.shape)
     for b in range(len(x)):
         slot = b if state_indices is None else int(state_indices[b])
         before = conv_state[slot] if slot >= 0 else np.zeros(conv_state.shape[1:])
+        seen = 0 if cache_seqlens is None else int(cache_seqlens[b])
+        places = (seen + np.arange(state_len)) % state_len  # of the inputs, oldest first
         out[b : b + 1], after = causal_conv1d(
-            tokens[b : b + 1], weight, bias, activation, initial_state=before[None]
+            tokens[b : b + 1],
+            weight,
+            bias,
+            activation,
+            initial_state=before[None, :, places],
         )
         if slot >= 0:
-            conv_state[slot] = after[0]
+            if cache_seqlens is not None:
+                places = (places + tokens.shape[2]) % state_len
+            conv_state[slot][:, places] = after[0]
     return out.reshape(x.shape), conv_state
 
 
 def rms_norm(
     x: np.ndarray,
-    weight: np.ndarray,
+    weight: np.ndarray | None,
     *,
     residual: np.ndarray | None = None,
+    z: np.ndarray | None = None,
+    group_size: int | None = None,
+    norm_before_gate: bool = False,
     eps: float = 1e-5,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(out, r): r = x + residual, out = weight · r / sqrt(mean(r²) + eps) over the last axis."""
+    """(out, r): r = x + residual, out = norm(r) = weight · r / sqrt(mean(r²) + eps).
+
+    The mean is over groups of the last axis. With a gate: norm(r SiLU(z)), or norm(r) SiLU(z).
+    """
     r = fp64(x) if residual is None else fp64(x) + fp64(residual)
-    return fp64(weight) * r / np.sqrt((r**2).mean(axis=-1, keepdims=True) + eps), r
+
+    def norm(v: np.ndarray) -> np.ndarray:
+        groups = v.reshape(*v.shape[:-1], -1, group_size or v.shape[-1])
+        scaled = groups / np.sqrt((groups**2).mean(axis=-1, keepdims=True) + eps)
+        return scaled.reshape(v.shape) * (1 if weight is None else fp64(weight))
+
+    if z is None:
+        return norm(r), r
+    gate = silu(fp64(z))
+    return (norm(r) * gate if norm_before_gate else norm(r * gate)), r
 
 
 def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:

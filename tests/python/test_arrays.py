@@ -1,4 +1,5 @@
-"""Which arrays the operators take, what they return, and that nothing is copied on the way."""
+"""NumPy arrays and torch tensors: which the operators take, what they return, and that nothing is
+copied on the way."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import ConvCase, ConvUpdateCase, LinearCase, NormCase, ScanCase, StateUpdateCase
+from calls import CALLS, IN_PLACE, as_tuple
+from cases import BlockCase, ScanCase
 from helpers import (
     DTYPES,
     assert_close,
@@ -19,21 +21,6 @@ from helpers import (
 
 import ssmcore
 from ssmcore import ops
-
-# One call of each operator: its arguments by name.
-CALLS: dict[str, Any] = {
-    "selective_scan": lambda dtype: ScanCase(dtype=dtype).inputs(),
-    "selective_state_update": lambda dtype: StateUpdateCase(dtype=dtype).inputs(),
-    "causal_conv1d": lambda dtype: ConvCase(dtype=dtype).inputs(),
-    "causal_conv1d_update": lambda dtype: ConvUpdateCase(dtype=dtype).inputs(),
-    "rms_norm": lambda dtype: NormCase(dtype=dtype, residual_dtype=dtype, shape=(2, 96)).inputs(),
-    "linear": lambda dtype: LinearCase(dtype=dtype, weight_dtype=dtype, rows=(2,)).inputs(),
-    "embedding": lambda dtype: {
-        "token_ids": np.array([[1, 2], [3, 0]]),
-        "weight": np.arange(20).reshape(4, 5).astype(DTYPES[dtype]),
-    },
-    "sample": lambda dtype: {"logits": np.arange(12, dtype=np.float32).reshape(3, 4)},
-}
 
 
 def to_torch(array: Any) -> Any:
@@ -51,10 +38,6 @@ def to_numpy(array: Any) -> np.ndarray:
     if array.dtype == torch.bfloat16:
         return array.view(torch.int16).numpy().view(DTYPES["bfloat16"])
     return array.numpy()
-
-
-def as_tuple(results: Any) -> tuple[Any, ...]:
-    return results if isinstance(results, tuple) else (results,)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -92,6 +75,25 @@ def test_the_first_argument_decides_the_kind() -> None:
     assert_same_bits(to_numpy(out_torch), out)
 
 
+def test_the_weight_of_an_embedding_decides_the_kind() -> None:
+    token_ids, weight = CALLS["embedding"]("float32").values()
+    assert type(ops.embedding(to_torch(token_ids), weight)) is np.ndarray
+    assert type(ops.embedding(token_ids, to_torch(weight))) is torch.Tensor
+
+
+@pytest.mark.parametrize("first", ["numpy", "torch"])
+def test_a_block_of_mixed_kinds(first: str) -> None:
+    inputs = BlockCase().inputs()
+    expected = ops.mamba_block(**inputs)
+    if first == "torch":
+        out = ops.mamba_block(to_torch(inputs["x"]), inputs["weights"])
+    else:
+        weights = {name: to_torch(value) for name, value in inputs["weights"].items()}
+        out = ops.mamba_block(inputs["x"], weights)
+    assert isinstance(out, torch.Tensor if first == "torch" else np.ndarray)
+    assert_close(to_numpy(out), expected, "float32")
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_results_are_new_memory(name: str) -> None:
     arguments = CALLS[name]("float32")
@@ -120,6 +122,19 @@ def test_a_gradient_is_not_lost_silently() -> None:
     assert torch.equal(ops.linear(x, weight.detach()), torch.full((3, 7), 5.0))
 
 
+def test_parameters_under_no_grad() -> None:
+    x, weight = torch.ones(3, 5), torch.nn.Parameter(torch.ones(7, 5))
+    arguments = {
+        key: to_torch(value) for key, value in CALLS["selective_state_update"]("float32").items()
+    }
+    expected = CALLS["selective_state_update"]("float32")
+    ops.selective_state_update(**expected)
+    with torch.no_grad():
+        assert torch.equal(ops.linear(x, weight), torch.full((3, 7), 5.0))
+        ops.selective_state_update(**{**arguments, "state": arguments["state"].requires_grad_()})
+    assert_same_bits(to_numpy(arguments["state"].detach()), expected["state"])
+
+
 @pytest.mark.parametrize(
     ("name", "argument"),
     [("selective_scan", "u"), ("causal_conv1d", "x"), ("rms_norm", "residual"), ("linear", "x")],
@@ -139,8 +154,6 @@ def test_strides_beyond_32_bits(name: str, argument: str) -> None:
 
 
 # --- In place, which shows that nothing is copied -------------------------------------------------
-
-IN_PLACE = {"selective_state_update": "state", "causal_conv1d_update": "conv_state"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

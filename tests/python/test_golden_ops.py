@@ -61,7 +61,7 @@ def true_last_state(tensors: dict[str, Any]) -> np.ndarray:
     return tensors["last_state"] * (tensors["B"] if constant_B else 1)
 
 
-@pytest.mark.parametrize("case", REAL_SCANS)
+@pytest.mark.parametrize("case", [*REAL_SCANS, *COMPLEX_SCANS])
 def test_selective_scan(backend: Backend, case: str) -> None:
     tensors = load(case)
     out, last_state = backend.call(ops.selective_scan, **scan_inputs(tensors))
@@ -86,6 +86,13 @@ def test_causal_conv1d(backend: Backend, case: str) -> None:
     assert np.array_equal(final_state.astype(np.float32), expected_state)
 
 
+def test_causal_conv1d_with_seq_idx(backend: Backend) -> None:
+    tensors = load("conv_seq_idx")
+    inputs = select(tensors, "x", "weight", "bias", "seq_idx")
+    out = backend.call(ops.causal_conv1d, **inputs, activation=str(tensors["activation"]))
+    assert_close(out, tensors["out"], "float32", rounded=True)
+
+
 def test_causal_conv1d_update(backend: Backend) -> None:
     tensors = load("conv_update")
     state = backend.to_device(tensors["conv_state"].copy())
@@ -95,8 +102,9 @@ def test_causal_conv1d_update(backend: Backend) -> None:
     assert np.array_equal(backend.to_numpy(state), tensors["conv_state_after"])
 
 
-def test_selective_state_update(backend: Backend) -> None:
-    tensors = load("state_update")
+@pytest.mark.parametrize("case", ["state_update", "state_update_heads"])
+def test_selective_state_update(backend: Backend, case: str) -> None:
+    tensors = load(case)
     state = backend.to_device(tensors["state"].copy())
     inputs = select(tensors, "x", "dt", "A", "B", "C", "D", "z", "dt_bias")
     out = backend.call(ops.selective_state_update, **inputs, state=state, dt_softplus=True)
@@ -123,10 +131,28 @@ def test_reference_scan(case: str) -> None:
     tensors = load(case)
     out, last_state = reference.selective_scan(**scan_inputs(tensors))
     assert_close(out, tensors["out"], str(tensors["dtype"]), rounded=True)
-    expected = true_last_state(tensors)
-    assert_close(last_state.real, expected.real, "float32", rounded=True)
-    if case in COMPLEX_SCANS:
-        assert_close(last_state.imag, expected.imag, "float32", rounded=True)
+    assert_close(last_state, true_last_state(tensors), "float32", rounded=True)
+
+
+def test_reference_heads() -> None:
+    tensors = load("state_update_heads")
+    inputs = select(tensors, "state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")
+    out, state = reference.selective_state_update(**inputs, dt_softplus=True)
+    assert_close(out, tensors["out"], "float32", rounded=True)
+    assert_close(state, tensors["state_after"], "float32", rounded=True)
+
+
+def test_reference_convolution_with_seq_idx() -> None:
+    tensors = load("conv_seq_idx")
+    inputs = select(tensors, "x", "weight", "bias", "seq_idx")
+    out = reference.causal_conv1d_numbered(**inputs, activation=str(tensors["activation"]))
+    assert_close(out, tensors["out"], "float32", rounded=True)
+
+
+def test_every_case_is_tested() -> None:
+    cases = {key.split("/")[0] for key in GOLDEN.files}
+    others = {"conv_seq_idx", "conv_update", "state_update", "state_update_heads", "mamba_block"}
+    assert cases == {*REAL_SCANS, *COMPLEX_SCANS, *CONVOLUTIONS, *others}
 
 
 def test_reference_block() -> None:

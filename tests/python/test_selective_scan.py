@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference
 from backends import Backend
-from cases import SCAN_CASES, ScanCase
+from cases import FLOAT64_SCAN_CASES, SCAN_CASES, ScanCase
 from helpers import (
     DTYPES,
     LAYOUTS,
@@ -20,6 +20,7 @@ from helpers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from sequences import scan_step, scan_steps
 
 from ssmcore import ops
 
@@ -32,6 +33,30 @@ def test_agrees_with_reference(backend: Backend, case: ScanCase) -> None:
     assert out.dtype == DTYPES[case.dtype]
     assert last_state.dtype == np.float32
     assert_close(out, expected_out, case.dtype)
+    assert_close(last_state, expected_state, "float32")
+
+
+@pytest.mark.parametrize("case", FLOAT64_SCAN_CASES)
+def test_float64_agrees_with_reference(backend: Backend, case: ScanCase) -> None:
+    inputs = case.inputs()
+    out, last_state = backend.call(ops.selective_scan, **inputs)
+    expected_out, expected_state = reference.selective_scan(**inputs)
+    assert out.dtype == last_state.dtype == np.float64
+    assert_close(out, expected_out, "float64")
+    assert_close(last_state, expected_state, "float64")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["constant", "3 groups"])
+def test_narrow_types_agree_with_float64(backend: Backend, dtype: str, form: str) -> None:
+    inputs = ScanCase(dtype=dtype, B=form, C=form, seqlen=200).inputs()
+    out, last_state = backend.call(ops.selective_scan, **inputs)
+    wide = {
+        name: value.astype(np.float64) if isinstance(value, np.ndarray) else value
+        for name, value in inputs.items()
+    }
+    expected_out, expected_state = backend.call(ops.selective_scan, **wide)
+    assert_close(out, expected_out, dtype)
     assert_close(last_state, expected_state, "float32")
 
 
@@ -52,15 +77,6 @@ def test_defaults_are_the_plain_recurrence(backend: Backend) -> None:
 
 
 # --- Properties -----------------------------------------------------------------------------------
-
-
-SEQUENCES = ("u", "delta", "B", "C", "z")  # arguments with time as last axis
-
-
-def from_to(inputs: dict[str, Any], begin: int, end: int) -> dict[str, Any]:
-    """The inputs of time steps [begin, end)."""
-    cut = {name: inputs[name][..., begin:end] for name in SEQUENCES if inputs[name] is not None}
-    return {**inputs, **cut}
 
 
 @given(
@@ -84,8 +100,8 @@ def test_split_is_whole(
     middle = 1 + round(split_at * (seqlen - 2))
     out, last_state = backend.call(ops.selective_scan, **inputs)
 
-    first, state = backend.call(ops.selective_scan, **from_to(inputs, 0, middle))
-    rest = {**from_to(inputs, middle, seqlen), "initial_state": state}
+    first, state = backend.call(ops.selective_scan, **scan_steps(inputs, 0, middle))
+    rest = {**scan_steps(inputs, middle, seqlen), "initial_state": state}
     second, state = backend.call(ops.selective_scan, **rest)
     assert_close(np.concatenate([first, second], axis=-1), out, dtype)
     assert_close(state, last_state, "float32")
@@ -105,19 +121,7 @@ def test_steps_are_the_sequence(
 
     state = backend.to_device(inputs["initial_state"].copy())
     steps = [
-        backend.call(
-            ops.selective_state_update,
-            state=state,
-            x=inputs["u"][..., t],
-            dt=inputs["delta"][..., t],
-            A=inputs["A"],
-            B=inputs["B"][..., t],
-            C=inputs["C"][..., t],
-            D=inputs["D"],
-            z=inputs["z"][..., t],
-            dt_bias=inputs["delta_bias"],
-            dt_softplus=True,
-        )
+        backend.call(ops.selective_state_update, state=state, **scan_step(inputs, t))
         for t in range(seqlen)
     ]
     assert_close(np.stack(steps, axis=-1), out, dtype)
@@ -267,13 +271,14 @@ def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
     ("name", "bad", "words"),
     [
         ("u", zeros(24, 67), []),
-        ("delta", zeros(2, 24, 67, dtype=np.float64), ["float64"]),
+        ("delta", zeros(2, 24, 67, dtype=np.float64), ["float64", "float32"]),
         ("u", zeros(2, 24, 67, dtype=np.int32), ["int32"]),
         ("u", zeros(2, 24, 0), []),
         ("delta", zeros(2, 24, 66), ["66", "67"]),
         ("delta", zeros(2, 24, 67, dtype=np.float16), ["float16", "float32"]),
         ("A", zeros(23, 16), ["23", "24"]),
         ("A", zeros(24), []),
+        ("A", zeros(24, 0), ["dstate"]),
         ("A", zeros(24, 16, dtype=np.float16), ["float16", "float32"]),
         ("B", zeros(2, 15, 67), ["15", "16"]),
         ("B", zeros(67), []),

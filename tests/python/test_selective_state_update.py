@@ -129,7 +129,7 @@ def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
         ("state", zeros(3, 24), []),
         ("state", zeros(2, 24, 16), ["2", "3"]),
         ("state", zeros(3, 24, 16, dtype=DTYPES["bfloat16"]), ["bfloat16", "float32"]),
-        ("x", zeros(3, 24, 1), []),
+        ("x", zeros(24), []),
         ("x", zeros(3, 24, dtype=np.float64), ["float64"]),
         ("dt", zeros(3, 23), ["23", "24"]),
         ("dt", zeros(3, 24, dtype=np.float16), ["float16", "float32"]),
