@@ -252,7 +252,7 @@ def assert_transformers_reads(folder, expected_ids, expected):
         (make_falcon, {}),
         (make_falcon, {"tie_word_embeddings": False, "mixer_rms_eps": 1e-4, "use_bias": True}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", None) or str(value),
 )
 def test_saved_models_load_in_transformers(tmp_path, make, changes):
     original = make(**changes)
