@@ -16,7 +16,7 @@ class MambaMixer final : public Mixer {
     const int64_t dim = config.dim, dstate = config.dstate, d_model = config.d_model;
     weights_.in_proj = loader.matrix("mixer.in_proj.weight", layer, 2 * dim, d_model);
     weights_.conv_weight =
-        loader.parameter("mixer.conv1d.weight", layer, {dim, 1, config.width}).select(1, 0);
+        loader.channels_last("mixer.conv1d.weight", layer, {dim, 1, config.width});
     weights_.x_proj = loader.matrix("mixer.x_proj.weight", layer, config.dt_rank + 2 * dstate, dim);
     weights_.dt_proj = loader.matrix("mixer.dt_proj.weight", layer, dim, config.dt_rank);
     weights_.dt_bias = loader.parameter("mixer.dt_proj.bias", layer, {dim});
@@ -28,13 +28,9 @@ class MambaMixer final : public Mixer {
       weights_.in_proj_bias = loader.parameter("mixer.in_proj.bias", layer, {2 * dim});
       weights_.out_proj_bias = loader.parameter("mixer.out_proj.bias", layer, {d_model});
     }
-    // A = -exp(A_log), with the channels of one state side by side, as the kernels read them.
-    const TensorView A_log = loader.parameter("mixer.A_log", layer, {dim, dstate});
-    const TensorView A = loader.allocate(DType::float32, {dstate, dim});
-    for (int64_t d = 0; d < dim; ++d)
-      for (int64_t n = 0; n < dstate; ++n)
-        A.as<float>()[n * dim + d] = -std::exp(A_log.as<const float>()[d * dstate + n]);
-    weights_.A = A.transpose(0, 1);
+    weights_.A = loader.channels_last("mixer.A_log", layer, {dim, dstate});
+    float* A = weights_.A.as<float>();  // -exp(A_log)
+    for (int64_t i = 0; i < dim * dstate; ++i) A[i] = -std::exp(A[i]);
     weights_.dt_B_C_norm_eps = config.mixer_norm_eps;
   }
 

@@ -1,9 +1,11 @@
 #include "ssmcore/sample.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "checks.h"
 #include "kernels.h"
+#include "largest.h"
 
 namespace ssmcore {
 namespace {
@@ -24,15 +26,17 @@ void check_setting(const Checks& check, const TensorView& setting, const char* n
 
 // The draw is over probabilities, so each row needs at least one finite logit and no NaN.
 void check_logits(const Checks& check, const TensorView& logits) {
+  const int64_t n = logits.shape[1], stride = logits.strides[1];
   for (int64_t b = 0; b < logits.shape[0]; ++b) {
     const float* row = logits.as<const float>() + b * logits.strides[0];
-    float sum = 0, largest = -INFINITY;
-    for (int64_t i = 0; i < logits.shape[1]; ++i) {
-      const float logit = row[i * logits.strides[1]];
-      sum += logit == logit ? 0.0f : logit;  // NaN stays
-      largest = logit > largest ? logit : largest;
-    }
-    check.require(sum == sum, [&] { return "logits hold a NaN in row " + std::to_string(b); });
+    bool has_nan = false;
+    if (stride == 1)  // what a compiler turns into vectors
+      for (int64_t i = 0; i < n; ++i) has_nan |= row[i] != row[i];
+    else
+      for (int64_t i = 0; i < n; ++i) has_nan |= row[i * stride] != row[i * stride];
+    check.require(!has_nan, [&] { return "logits hold a NaN in row " + std::to_string(b); });
+    float largest = stride == 1 ? largest_of(row, n) : row[0];
+    for (int64_t i = 0; stride != 1 && i < n; ++i) largest = std::max(largest, row[i * stride]);
     check.require(std::isfinite(largest), [&] {
       return "the largest of the logits in row " + std::to_string(b) + " is not finite";
     });

@@ -140,6 +140,19 @@ TensorView WeightLoader::parameter(const std::string& field, int64_t layer,
   return converted;
 }
 
+TensorView WeightLoader::channels_last(const std::string& field, int64_t layer,
+                                       std::initializer_list<int64_t> shape) {
+  const TensorView stored = take(field, layer, shape);
+  const int64_t dim = stored.shape[0], n = stored.numel() / dim;
+  std::vector<float> rows(static_cast<size_t>(stored.numel()));
+  convert(stored.as<const char>(), stored.dtype, stored.numel(), rows.data());
+  const TensorView columns = allocate(DType::float32, {n, dim});
+  for (int64_t d = 0; d < dim; ++d)
+    for (int64_t i = 0; i < n; ++i)
+      columns.as<float>()[i * dim + d] = rows[static_cast<size_t>(d * n + i)];
+  return columns.transpose(0, 1);
+}
+
 void WeightLoader::ignore(const std::string& field) {
   for (const std::string& name : stored_names(field, kNoLayer)) taken_.insert(name);
 }

@@ -29,6 +29,10 @@ class WeightLoader {
   // A small tensor, as contiguous float32.
   TensorView parameter(const std::string& field, int64_t layer,
                        std::initializer_list<int64_t> shape);
+  // A small tensor of one row a channel, as a float32 (dim, n) whose channels lie side by side in
+  // memory, as the kernels read them; `shape` holds dim · n elements, dim first.
+  TensorView channels_last(const std::string& field, int64_t layer,
+                           std::initializer_list<int64_t> shape);
   // Memory for something derived.
   TensorView allocate(DType dtype, std::initializer_list<int64_t> shape);
 

@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "../kernels.h"
+#include "../largest.h"
 #include "../philox.h"
 #include "../scratch.h"
 #include "../thread_pool.h"
@@ -19,20 +20,24 @@ T value_or(const Strided<1>& setting, int64_t row, T absent) {
   return setting ? static_cast<const T*>(setting.data)[row * setting.stride[0]] : absent;
 }
 
-// One row's logits and the candidates still in play.
+// One row's values and the candidates still in play.
 struct Row {
   const float* stored;
   int64_t stride;
-  float* logits;  // (vocab_size), after penalty and temperature: the largest is 0
-  int32_t* ids;   // (count)
+  // (vocab_size): logits after the penalty, then weights: probabilities over the largest one.
+  float* values;
+  int32_t* ids;  // (count)
   int64_t count;
 
-  // Larger logits first, lower ids among equals.
+  // Larger values first, lower ids among equals.
   bool before(int32_t a, int32_t b) const {
-    return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
+    return values[a] > values[b] || (values[a] == values[b] && a < b);
   }
-  // Its probability over the largest one.
-  double weight(int32_t id) const { return std::exp(static_cast<double>(logits[id])); }
+  double sum() const {
+    double total = 0;
+    for (int64_t i = 0; i < count; ++i) total += values[ids[i]];
+    return total;
+  }
 };
 
 // Each id is penalised once however often it occurs: always from the stored logit.
@@ -42,7 +47,7 @@ void apply_repetition_penalty(const SampleParams& p, Row& row, int64_t b, float 
                                   b * p.history.stride[0] + i * p.history.stride[1]);
     if (id < 0) continue;
     const float logit = row.stored[id * row.stride];
-    row.logits[id] = logit > 0 ? logit / penalty : logit * penalty;
+    row.values[id] = logit > 0 ? logit / penalty : logit * penalty;
   }
 }
 
@@ -58,13 +63,12 @@ void keep_top_k(Row& row, int64_t k) {
 void keep_top_p(Row& row, double p) {
   if (p >= 1) return;
   const auto after = [&](int32_t a, int32_t b) { return row.before(b, a); };
-  double total = 0;
-  for (int64_t i = 0; i < row.count; ++i) total += row.weight(row.ids[i]);
+  const double total = row.sum();
   std::make_heap(row.ids, row.ids + row.count, after);
   int64_t heap = row.count;
   for (double kept = 0; heap > 0 && kept < p * total; --heap) {
     std::pop_heap(row.ids, row.ids + heap, after);
-    kept += row.weight(row.ids[heap - 1]);
+    kept += row.values[row.ids[heap - 1]];
   }
   std::copy(row.ids + heap, row.ids + row.count, row.ids);
   row.count -= heap;
@@ -72,45 +76,45 @@ void keep_top_p(Row& row, double p) {
 
 void keep_min_p(Row& row, float min_p) {
   if (min_p <= 0) return;
-  int32_t* end = std::remove_if(row.ids, row.ids + row.count, [&](int32_t id) {
-    return row.weight(id) < static_cast<double>(min_p);
-  });
+  int32_t* end = std::remove_if(row.ids, row.ids + row.count,
+                                [&](int32_t id) { return row.values[id] < min_p; });
   row.count = end - row.ids;
 }
 
 // The inverse of the cumulative distribution over the candidates in order of id.
 int32_t draw(Row& row, double uniform) {
-  std::sort(row.ids, row.ids + row.count);
-  double total = 0;
-  for (int64_t i = 0; i < row.count; ++i) total += row.weight(row.ids[i]);
-  double left = uniform * total;
+  if (!std::is_sorted(row.ids, row.ids + row.count)) std::sort(row.ids, row.ids + row.count);
+  double left = uniform * row.sum();
   for (int64_t i = 0; i < row.count; ++i) {
-    left -= row.weight(row.ids[i]);
+    left -= row.values[row.ids[i]];
     if (left < 0) return row.ids[i];
   }
   // Rounding used up the sum: the last candidate that can be drawn at all.
   for (int64_t i = row.count; i-- > 0;)
-    if (row.weight(row.ids[i]) > 0) return row.ids[i];
+    if (row.values[row.ids[i]] > 0) return row.ids[i];
   return row.ids[0];
 }
 
 int32_t sample_row(const SampleParams& p, Row& row, int64_t b) {
-  for (int64_t i = 0; i < p.vocab_size; ++i) row.logits[i] = row.stored[i * row.stride];
+  for (int64_t i = 0; i < p.vocab_size; ++i) row.values[i] = row.stored[i * row.stride];
   const float penalty = value_or(p.repetition_penalty, b, 1.0f);
   if (penalty != 1) apply_repetition_penalty(p, row, b, penalty);
 
-  const int32_t best =
-      static_cast<int32_t>(std::max_element(row.logits, row.logits + p.vocab_size) - row.logits);
+  const float* end = row.values + p.vocab_size;
+  const float largest = largest_of(row.values, p.vocab_size);
   const float temperature = value_or(p.temperature, b, 1.0f);
-  if (temperature == 0) return best;
-  // Shifted first, so that dividing by a small temperature cannot overflow the largest.
-  const float largest = row.logits[best];
-  for (int64_t i = 0; i < p.vocab_size; ++i)
-    row.logits[i] = (row.logits[i] - largest) / temperature;
+  if (temperature == 0)
+    return static_cast<int32_t>(std::find(static_cast<const float*>(row.values), end, largest) -
+                                row.values);
 
   std::iota(row.ids, row.ids + p.vocab_size, 0);
   row.count = p.vocab_size;
   keep_top_k(row, value_or<int32_t>(p.top_k, b, 0));
+  // Shifted first, so that dividing by a small temperature cannot overflow the largest.
+  for (int64_t i = 0; i < row.count; ++i) {
+    float& value = row.values[row.ids[i]];
+    value = std::exp((value - largest) / temperature);
+  }
   keep_top_p(row, value_or(p.top_p, b, 1.0f));
   keep_min_p(row, value_or(p.min_p, b, 0.0f));
   const uint64_t seed = static_cast<uint64_t>(value_or<int64_t>(p.seed, b, b));
@@ -120,11 +124,11 @@ int32_t sample_row(const SampleParams& p, Row& row, int64_t b) {
 
 // One worker's memory.
 struct Workspace {
-  float* logits;
+  float* values;
   int32_t* ids;
 
   Workspace(const SampleParams& p, Scratch& scratch)
-      : logits(scratch.floats(p.vocab_size)),
+      : values(scratch.floats(p.vocab_size)),
         ids(static_cast<int32_t*>(scratch.bytes(p.vocab_size * sizeof(int32_t)))) {}
 
   static size_t bytes(const SampleParams& p) {
@@ -148,7 +152,7 @@ void sample(const SampleParams& p, const Exec& exec) {
     Scratch scratch(static_cast<char*>(exec.workspace) + worker * bytes);
     const Workspace w(p, scratch);
     Row row{static_cast<const float*>(p.logits.data) + b * p.logits.stride[0], p.logits.stride[1],
-            w.logits, w.ids, 0};
+            w.values, w.ids, 0};
     const int32_t id = sample_row(p, row, b);
     const int64_t at = b * p.out.stride[0];
     if (p.out_dtype == DType::int32)

@@ -111,13 +111,20 @@ class Scan {
                          tile + part * w.per_part);
   }
 
+  void scale(float* part, float factor) const {
+    for (int64_t i = 0; i < w.per_part; i += kLanes)
+      store(part + i, cpu::SSMCORE_CPU_NAMESPACE::load(part + i) * factor);
+  }
+
   void load(int64_t tile, int64_t d, int64_t channels) const {
     const int64_t at = tile * w.per_tile;
     load_parts(plane_of(p.A, state_dtype(), task.head), d, channels, w.A + at);
-    for (int64_t i = 0; i < w.per_tile; ++i)
-      w.A[at + i] *= i < w.per_part ? kLog2e : kTurnsPerRadian;
-    load_parts(plane_of(p.constant_B, state_dtype(), task.head), d, channels, w.constant_B + at);
-    load_parts(plane_of(p.constant_C, state_dtype(), task.head), d, channels, w.constant_C + at);
+    scale(w.A + at, kLog2e);
+    if (p.complex) scale(w.A + at + w.per_part, kTurnsPerRadian);
+    if (p.constant_B)
+      load_parts(plane_of(p.constant_B, state_dtype(), task.head), d, channels, w.constant_B + at);
+    if (p.constant_C)
+      load_parts(plane_of(p.constant_C, state_dtype(), task.head), d, channels, w.constant_C + at);
     const Plane initial = task.row.slot < 0
                               ? Plane()
                               : plane_of(p.initial_state, state_dtype(), task.row.slot, task.head);
