@@ -16,7 +16,6 @@ import ctypes
 import importlib.util
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -61,6 +60,12 @@ def read_bandwidth(threads: int) -> float:
     return best
 
 
+def peak_memory() -> float:
+    """MiB this process has had in memory at most (getrusage counts the parent's before exec)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
 def measure_ssmcore(folder: Path, precision: str, threads: int) -> dict[str, float]:
     import numpy as np
 
@@ -81,7 +86,7 @@ def measure_ssmcore(folder: Path, precision: str, threads: int) -> dict[str, flo
         return middle - start, time.perf_counter() - middle
 
     run(1)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_memory()
     prefill, decode = run(1)
     _, decode_8 = run(8)
     return {
@@ -107,7 +112,7 @@ def measure_llama_cpp(path: Path, precision: str, threads: int) -> dict[str, flo
 
     def run() -> tuple[float, float]:
         model.reset()
-        model._ctx.memory_clear(True)
+        model._ctx.kv_cache_clear()
         start = time.perf_counter()
         model.eval(list(range(PROMPT)))
         middle = time.perf_counter()
@@ -117,7 +122,7 @@ def measure_llama_cpp(path: Path, precision: str, threads: int) -> dict[str, flo
 
     run()
     prefill, decode = run()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_memory()
     return {"prefill": PROMPT / prefill, "decode": NEW / decode, "peak MiB": peak}
 
 
@@ -141,7 +146,7 @@ def measure_transformers(folder: Path, precision: str, threads: int) -> dict[str
 
     run()
     prefill, decode = run()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_memory()
     return {"prefill": PROMPT / prefill, "decode": NEW / decode, "peak MiB": peak}
 
 
@@ -149,7 +154,7 @@ def measure_in_process(engine: str, model: Path, precision: str, threads: int) -
     command = [sys.executable, __file__, "--threads", str(threads)]
     command += ["--worker", engine, str(model), precision]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    result = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return json.loads(result.stdout.splitlines()[-1])
 
 
