@@ -26,7 +26,7 @@ constexpr int kMaxOutputs = 3;
 constexpr int64_t kBlockRows = 64;
 constexpr int64_t kPanel = 96;
 // Outputs of one task when the rows are few: the weight then streams from memory.
-constexpr int64_t kFewRowsPanel = 24;
+constexpr int64_t kFewRowsPanel = 48;
 // The hardware hardly prefetches across the interleaved rows of a group: asking for the group after
 // the next one nearly doubles the rate at which bfloat16 weights stream from memory.
 constexpr int64_t kPrefetchedGroups = 2;
