@@ -160,12 +160,14 @@ void py_mamba_block(const py::kwargs& arguments) {
   weights.D = call.input("D");
   weights.out_proj = call.input("out_proj");
   weights.out_proj_bias = call.input("out_proj_bias");
+  weights.dt_B_C_norm_eps = call.value<float>("dt_B_C_norm_eps");
   MambaBlockFwdArgs args;
   args.weights = &weights;
   args.x = call.input("x");
   args.conv_state = call.output("conv_state");
   args.ssm_state = call.output("ssm_state");
   args.state_indices = call.input("state_indices");
+  args.cu_seqlens = call.input("cu_seqlens");
   args.out = call.output("out");
   call.run(mamba_block_fwd_workspace_size, mamba_block_fwd, args);
 }

@@ -37,7 +37,8 @@ def _numpy_dtype(name: str) -> np.dtype:
     if name == "bfloat16":
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
+        bfloat16: np.dtype = np.dtype(ml_dtypes.bfloat16)
+        return bfloat16
     return np.dtype(name)
 
 
@@ -50,7 +51,7 @@ class _NumPy:
     def hand_over(self, output: np.ndarray) -> np.ndarray:
         return output
 
-    def exp(self, array: Any) -> np.ndarray:
+    def exp(self, array: Any) -> Any:
         return np.exp(array)
 
 
@@ -84,7 +85,7 @@ class _Foreign:
     def hand_over(self, output: np.ndarray) -> Any:
         return self._take(output)
 
-    def exp(self, array: Any) -> np.ndarray:
+    def exp(self, array: Any) -> Any:
         return np.exp(np.from_dlpack(array))
 
 

@@ -11,7 +11,7 @@ Array: TypeAlias = Any
 __version__: str
 
 def isa() -> str:
-    """The instruction set of the CPU kernels: "baseline", "avx2" or "avx512"."""
+    """The instruction set of the CPU kernels: "baseline", "avx2", "avx512" or "avx512_bf16"."""
 
 def num_threads() -> int:
     """The CPU threads that one call uses, the caller's included."""
@@ -37,7 +37,11 @@ def selective_scan(
     delta_bias: Array | None = None,
     delta_softplus: bool,
     initial_state: Array | None = None,
+    cu_seqlens: Array | None = None,
     last_state: Array | None = None,
+    chunk_states: Array | None = None,
+    chunk_size: int,
+    delta_sum: Array | None = None,
     out: Array,
 ) -> None: ...
 def selective_state_update(
@@ -62,6 +66,8 @@ def causal_conv1d(
     bias: Array | None = None,
     activation: str | None,
     initial_state: Array | None = None,
+    cu_seqlens: Array | None = None,
+    seq_idx: Array | None = None,
     final_state: Array | None = None,
     out: Array,
 ) -> None: ...
@@ -72,16 +78,20 @@ def causal_conv1d_update(
     weight: Array,
     bias: Array | None = None,
     activation: str | None,
+    cache_seqlens: Array | None = None,
     state_indices: Array | None = None,
     out: Array,
 ) -> None: ...
 def rms_norm(
     *,
     x: Array,
-    weight: Array,
+    weight: Array | None = None,
     residual: Array | None = None,
     residual_out: Array | None = None,
+    z: Array | None = None,
     out: Array,
+    group_size: int,
+    norm_before_gate: bool,
     eps: float,
 ) -> None: ...
 def linear(*, x: Array, weight: Array, bias: Array | None = None, out: Array) -> None: ...
@@ -115,7 +125,9 @@ def mamba_block(
     x: Array,
     conv_state: Array | None = None,
     ssm_state: Array | None = None,
+    cu_seqlens: Array | None = None,
     state_indices: Array | None = None,
+    dt_B_C_norm_eps: float,
     out: Array,
 ) -> None: ...
 

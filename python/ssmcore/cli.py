@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import ssmcore
 from ssmcore.generate import Generation, GenerationSettings
@@ -57,7 +57,7 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ssmcore {ssmcore.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument(
         "-m", "--model", help="model folder or Hugging Face hub id (default: the bundled model)"
     )
@@ -172,7 +172,7 @@ def _generate(args: argparse.Namespace) -> None:
     generation = model.start_generation(prompt, settings, state=state)
     pieces: list[str] = []
     statistics = _run(generation, pieces.append if args.json else _print_at_once)
-    if args.state_out is not None:
+    if state is not None and args.state_out is not None:
         state.save(args.state_out)
     if args.json:
         print(json.dumps({"text": "".join(pieces), **asdict(statistics)}))
@@ -227,7 +227,7 @@ def _eval(args: argparse.Namespace) -> None:
         begin = time.perf_counter()
         with tqdm(desc=file, unit="tok", unit_scale=True, disable=args.quiet, leave=False) as bar:
 
-            def show(done: int, total: int, bar: tqdm = bar) -> None:
+            def show(done: int, total: int, bar: tqdm[Any] = bar) -> None:
                 bar.total = total
                 bar.update(done - bar.n)
 

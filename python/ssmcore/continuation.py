@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 from ssmcore.tokenizer import IncrementalDecoder, Tokenizer
 
@@ -34,6 +35,20 @@ class StopFilter:
         return text[:end]
 
 
+class Continuation(Protocol):
+    """The continuation of one row, in pieces that join to it: str, or lists of ids."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has come."""
+
+    def push(self, token_id: int) -> Any:
+        """The piece that can be passed on now that `token_id` has come, possibly empty."""
+
+    def close(self) -> Any:
+        """The rest, once no more tokens come."""
+
+
 class TextContinuation:
     """The continuation of one row, as text."""
 
@@ -43,7 +58,6 @@ class TextContinuation:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string has come."""
         return self._filter.stopped
 
     @property
@@ -52,11 +66,9 @@ class TextContinuation:
         return not (self._decoder.pending or self._filter.held)
 
     def push(self, token_id: int) -> str:
-        """The text that can be passed on now that `token_id` has come."""
         return self._filter.push(self._decoder.push(token_id))
 
     def close(self) -> str:
-        """The rest, once no more tokens come."""
         if self.stopped:
             return ""
         text = self._filter.push(self._decoder.flush())
@@ -94,6 +106,7 @@ class IdContinuation:
         return self._return_until(self._num_before_stop() if self.stopped else len(self._ids))
 
     def _num_before_stop(self) -> int:
+        assert self._tokenizer is not None  # as there is a stop string
         num_ids = len(self._ids)
         while not self._text.startswith(self._tokenizer.decode(self._ids[:num_ids])):
             num_ids -= 1

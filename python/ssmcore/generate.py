@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ssmcore import ops
-from ssmcore.continuation import IdContinuation, TextContinuation
+from ssmcore.continuation import Continuation, IdContinuation, TextContinuation
 from ssmcore.errors import InvalidArgumentError
 from ssmcore.tokenizer import Tokenizer, as_token_ids
 
@@ -78,7 +77,9 @@ class Generation:
         if tokenizer is None and (self.is_text or stop):
             what = "a prompt that is text" if self.is_text else "stop"
             raise InvalidArgumentError(f"{op}: {what} needs a tokenizer, and this model has none")
+        self._continuations: list[Continuation]
         if self.is_text:
+            assert tokenizer is not None  # or it has been refused
             # Tokens that begin a text have no place within one.
             begins = [state is None or state.is_at_start(row) for row in range(len(rows))]
             rows = [tokenizer.encode(*row) for row in zip(rows, begins, strict=True)]
@@ -96,10 +97,12 @@ class Generation:
         texts = ["".join(row) for row in pieces] if self.is_text else pieces
         return texts if self.is_batch else texts[0]
 
-    def __iter__(self) -> Iterator[tuple[int, str | list[int]]]:
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
         model, settings = self._language_model, self._settings
         state = self._state or model.new_state(len(self.prompts))
         logits = self._read_prompts(state)
+        if logits is None:
+            return
         eos_token_ids = set() if settings.ignore_eos else set(model.config.eos_token_ids)
         history = _padded(self.prompts) if settings.repetition_penalty != 1 else None
         # A row is also the slot of its state; rows that have ended leave the batch.
@@ -140,7 +143,7 @@ class Generation:
                 history = np.column_stack([history[goes_on], token_ids])
 
     def _read_prompts(self, state: _core.ModelState) -> np.ndarray | None:
-        """Reads all prompts in one pass and returns the logits that follow, if any are needed."""
+        """Reads all prompts in one pass; returns the logits that follow, or None if not wanted."""
         logits = None
         if self._settings.max_new_tokens > 0:
             vocab_size = self._language_model.config.vocab_size
@@ -156,7 +159,7 @@ class Generation:
 def _check_settings(settings: GenerationSettings, op: str) -> None:
     """Checks what the operators do not see."""
     limit = settings.max_new_tokens
-    if not isinstance(limit, Integral) or limit < 0:
+    if not isinstance(limit, int | np.integer) or limit < 0:
         raise InvalidArgumentError(
             f"{op}: max_new_tokens should be an integer of at least 0, got {limit!r}"
         )
@@ -172,7 +175,7 @@ def _seeds(seed: Any, num_rows: int, op: str) -> np.ndarray:
     """The seed of each row: `seed` itself counted up, or its items."""
     is_list = isinstance(seed, list | tuple | np.ndarray)
     seeds = list(seed) if is_list else [seed]
-    if not all(isinstance(s, Integral) and -(2**63) <= s < 2**63 for s in seeds):
+    if not all(isinstance(s, int | np.integer) and -(2**63) <= s < 2**63 for s in seeds):
         raise InvalidArgumentError(
             f"{op}: seed should be an integer of 64 bits, or one for each row, got {seed!r}"
         )

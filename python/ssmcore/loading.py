@@ -158,7 +158,7 @@ def _open_torch_checkpoint(folder: Path) -> _core.Checkpoint:
                     )
                 tensors[name] = shard[name]
     # The model takes plain arrays: copy the few, if any, that are stored transposed or unaligned.
-    plain = {name: np.require(tensor, requirements="CA") for name, tensor in tensors.items()}
+    plain = {name: np.require(tensor, requirements=("C", "A")) for name, tensor in tensors.items()}
     return _core.Checkpoint.from_tensors(config, plain)
 
 

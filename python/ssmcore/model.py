@@ -102,7 +102,7 @@ class Model:
         batch = ids.reshape(-1, ids.shape[-1])
         ends = as_int32(cu_seqlens, "forward", "cu_seqlens", at_least=2)
         slots = as_int32(state_indices, "forward", "state_indices")
-        num_rows = ends.size - 1 if packed else len(batch)
+        num_rows = len(batch) if ends is None else ends.size - 1
         if state is None:
             if slots is not None:
                 raise InvalidArgumentError("forward: state_indices needs a state")

@@ -481,6 +481,9 @@ def mamba_block(
     *,
     conv_state: Array | None = None,
     ssm_state: Array | None = None,
+    cu_seqlens: Array | None = None,
+    state_indices: Array | None = None,
+    dt_B_C_norm_eps: float | None = None,
 ) -> Array:
     """The Mamba block (Gu & Dao, arXiv 2312.00752, figure 3), on a sequence or, with L = 1, a step.
 
@@ -491,8 +494,13 @@ def mamba_block(
             "A_log" (D, N), "D" (D,), "out_proj.weight" (d_model, D); optionally "in_proj.bias",
             "conv1d.bias", "out_proj.bias". Matrices may have any activation type; "dt_proj.bias",
             "A_log" and "D" are float32.
-        conv_state: (B, D, W - 1), x's dtype: the convolution's state, read and updated.
-        ssm_state: (B, D, N), float32: the scan's state, read and updated.
+        conv_state: (B, D, W - 1), x's dtype: the convolution's state, read and updated; packed
+            (S, D, W - 1); with `state_indices` (slots, D, W - 1).
+        ssm_state: (B, D, N), float32: the scan's state, likewise.
+        cu_seqlens: (S + 1,), int32: packed sequences.
+        state_indices: (B,) or (S,), int32, as in `selective_state_update`; needs a state.
+        dt_B_C_norm_eps: > 0: Δ (before dt_proj), B and C each pass an RMS norm without weights,
+            with this eps (FalconMamba); None: they do not.
 
     Returns:
         (B, L, d_model), like x.
@@ -524,6 +532,12 @@ def mamba_block(
         )
     A_log = weights["A_log"]
     _require_array(A_log, "mamba_block: A_log")
+    if dt_B_C_norm_eps is not None and not dt_B_C_norm_eps > 0:
+        raise InvalidArgumentError(
+            f"mamba_block: dt_B_C_norm_eps is {dt_B_C_norm_eps!r}, expected more than 0, or None"
+        )
+    if state_indices is not None and conv_state is None and ssm_state is None:
+        raise InvalidArgumentError("mamba_block: state_indices needs conv_state or ssm_state")
     for name, state in (("conv_state", conv_state), ("ssm_state", ssm_state)):
         require_mutable(state, f"mamba_block: {name}", "pass a NumPy array, which x need not be")
     library = library_of(x)
@@ -543,6 +557,9 @@ def mamba_block(
         out_proj_bias=weights.get("out_proj.bias"),
         conv_state=conv_state,
         ssm_state=ssm_state,
+        cu_seqlens=cu_seqlens,
+        state_indices=state_indices,
+        dt_B_C_norm_eps=dt_B_C_norm_eps or 0.0,
         out=out,
     )
     return library.hand_over(out)

@@ -65,7 +65,8 @@ class FileTokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         data = _utf8(text)
         if self._id_by_byte is not None:
-            return self._id_by_byte[np.frombuffer(data, np.uint8)].tolist()
+            ids: list[int] = self._id_by_byte[np.frombuffer(data, np.uint8)].tolist()
+            return ids
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -112,8 +113,8 @@ class FileTokenizer:
         counts = np.zeros(1 + max([*vocab.values(), *added], default=-1), np.int64)
         for token, token_id in vocab.items():
             counts[token_id] = len(token)
-        for token_id, token in added.items():
-            counts[token_id] = len(token.content.encode())
+        for token_id, added_token in added.items():
+            counts[token_id] = len(added_token.content.encode())
         return counts
 
 

@@ -67,7 +67,7 @@ class _StorageType(NamedTuple):
     dtype: np.dtype
 
 
-class _Dict(dict):
+class _Dict(dict[Any, Any]):
     """Stands in for collections.OrderedDict; attributes set on it, `_metadata`, are dropped."""
 
     def __setstate__(self, state: object) -> None:

@@ -5,6 +5,7 @@
 #include <fstream>
 #include <iterator>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "check_error.h"
@@ -124,6 +125,25 @@ TEST_CASE("LanguageModel: one thread and several give the same bits") {
     CHECK(forward(state, {kPrompt}) == before);
   }
   fixture().context.set_num_threads(threads);
+}
+
+TEST_CASE("LanguageModel: threads share it, each with its own state") {
+  const int num_threads = fixture().context.num_threads();
+  fixture().context.set_num_threads(2);  // for the callers to share
+  std::string texts[2];
+  const auto generate = [](std::string* text) {
+    ModelState state = fixture().model.new_state(1);
+    std::vector<float> logits = forward(state, {kPrompt});
+    for (int i = 0; i < 20; ++i) {
+      *text += greedy(logits);
+      logits = forward(state, {text->substr(text->size() - 1)});
+    }
+  };
+  std::vector<std::thread> threads;
+  for (std::string& text : texts) threads.emplace_back(generate, &text);
+  for (std::thread& thread : threads) thread.join();
+  for (const std::string& text : texts) CHECK(text == golden_text().substr(0, 20));
+  fixture().context.set_num_threads(num_threads);
 }
 
 TEST_CASE("LanguageModel: what forward refuses, leaving the state as it was") {

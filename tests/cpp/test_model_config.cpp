@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "mutants.h"
 #include "ssmcore/error.h"
 #include "ssmcore/model_config.h"
 
@@ -252,8 +253,9 @@ TEST_CASE("parse_model_config: a mutated configuration is refused or within boun
   const auto below = [&](size_t n) {
     return std::uniform_int_distribution<size_t>(0, n - 1)(random);
   };
+  const int rounds = num_mutants();
   int refused = 0, read = 0;
-  for (int round = 0; round < 20'000; ++round) {
+  for (int round = 0; round < rounds; ++round) {
     std::string json = whole;
     for (size_t edit = 0, edits = 1 + below(3); edit < edits && !json.empty(); ++edit) {
       const size_t at = below(json.size());

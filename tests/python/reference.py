@@ -275,10 +275,12 @@ def mamba_block(
     *,
     conv_state: np.ndarray | None = None,
     ssm_state: np.ndarray | None = None,
+    dt_B_C_norm_eps: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(out, conv_state after, ssm_state after) of one Mamba block on x (batch, seqlen, d_model).
 
     What one operator hands to the next is rounded to x's dtype, which is what that dtype means.
+    FalconMamba's block normalises Δ, B and C, each with `dt_B_C_norm_eps`.
     """
 
     def rounded(activation: np.ndarray) -> np.ndarray:
@@ -300,6 +302,8 @@ def mamba_block(
     u = rounded(u)
     delta_B_C = rounded(linear(u.swapaxes(1, 2), weights["x_proj.weight"]))
     delta, B, C = np.split(delta_B_C, [dt_rank, dt_rank + dstate], axis=-1)
+    if dt_B_C_norm_eps is not None:
+        delta, B, C = (rounded(rms_norm(v, None, eps=dt_B_C_norm_eps)[0]) for v in (delta, B, C))
     delta = rounded(linear(delta, weights["dt_proj.weight"]))
     y, ssm_state = selective_scan(
         u,

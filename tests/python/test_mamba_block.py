@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from cases import BLOCK_CASES, BlockCase
 from helpers import DTYPES, assert_close, assert_same_bits, refuses
 from hypothesis import given
 from hypothesis import strategies as st
+from sequences import boundaries
 
 from ssmcore import ops
 
@@ -101,6 +104,92 @@ def test_steps_are_the_sequence(backend: Backend, dtype: str) -> None:
     assert_close(np.concatenate(steps, axis=1), out, dtype, rounded=True)
     for name in states:
         assert_close(states[name], after[name], dtype, rounded=True)
+
+
+FALCON = {"dt_B_C_norm_eps": 1e-2}  # large enough to matter
+
+
+@pytest.mark.parametrize("case", BLOCK_CASES)
+def test_norms_of_delta_B_and_C(backend: Backend, case: BlockCase) -> None:
+    """FalconMamba's block agrees with the reference, and is another than Mamba's."""
+    inputs, states = {**case.inputs(), **FALCON}, case.states()
+    out, after = with_states(backend, inputs, states)
+    expected_out, conv_state, ssm_state = reference.mamba_block(**inputs, **states)
+    assert_close(out, expected_out, case.dtype)
+    assert_close(after["conv_state"], conv_state, case.dtype)
+    assert_close(after["ssm_state"], ssm_state, case.dtype)
+    assert not np.allclose(out, with_states(backend, case.inputs(), states)[0], rtol=1e-2)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=5).filter(any),
+    dtype=st.sampled_from(list(DTYPES)),
+    falcon=st.booleans(),
+    data=st.data(),
+)
+def test_packed_is_separate(
+    backend: Backend, lengths: list[int], dtype: str, falcon: bool, data: st.DataObject
+) -> None:
+    """Packed sequences on slots of their own: as each alone; no other slot changes."""
+    num_slots = 7
+    slots = data.draw(st.permutations(range(num_slots)))[: len(lengths)]
+    case = BlockCase(batch=1, seqlen=sum(lengths), dtype=dtype)
+    inputs = {**case.inputs(), **(FALCON if falcon else {})}
+    states = replace(case, batch=num_slots).states()
+    cu_seqlens = boundaries(lengths)
+    packing = {"cu_seqlens": cu_seqlens, "state_indices": np.array(slots, np.int32)}
+    out, after = with_states(backend, {**inputs, **packing}, states)
+
+    expected = {name: state.copy() for name, state in states.items()}
+    for slot, (begin, end) in zip(slots, pairwise(cu_seqlens), strict=True):
+        if begin == end:
+            continue  # its state stays
+        x = inputs["x"][:, begin:end].copy()
+        before = {name: state[slot : slot + 1] for name, state in states.items()}
+        alone, last = with_states(backend, {**inputs, "x": x}, before)
+        assert_close(out[:, begin:end], alone, dtype, rounded=True)
+        for name in states:
+            expected[name][slot] = last[name][0]
+    for name in states:
+        assert_close(after[name], expected[name], dtype, rounded=True)
+        others = [
+            slot
+            for slot in range(num_slots)
+            if slot not in slots or lengths[slots.index(slot)] == 0
+        ]
+        assert_same_bits(after[name][others], states[name][others])
+
+
+def test_packed_without_slots(backend: Backend) -> None:
+    """Sequence s then uses row s of the states; without states each begins with zeros."""
+    case = BlockCase(batch=1, seqlen=35)
+    inputs = {**case.inputs(), "cu_seqlens": boundaries([20, 0, 15])}
+    states = replace(case, batch=3).states()
+    in_order = {**inputs, "state_indices": np.arange(3, dtype=np.int32)}
+    out, after = with_states(backend, inputs, states)
+    expected, expected_after = with_states(backend, in_order, states)
+    assert_same_bits(out, expected)
+    for name in states:
+        assert_same_bits(after[name], expected_after[name])
+    zeros = {name: np.zeros_like(state) for name, state in states.items()}
+    from_zeros, _ = with_states(backend, inputs, zeros)
+    assert_same_bits(backend.call(ops.mamba_block, **inputs), from_zeros)
+
+
+def test_steps_on_slots(backend: Backend) -> None:
+    """A step of some of the running sequences; a negative slot is a new one that leaves nothing."""
+    case = BlockCase(batch=3, seqlen=1)
+    inputs, states = case.inputs(), replace(case, batch=5).states()
+    slots = np.array([4, -1, 0], np.int32)
+    out, after = with_states(backend, {**inputs, "state_indices": slots}, states)
+    before = {name: state[slots] for name, state in states.items()}
+    for state in before.values():
+        state[1] = 0
+    expected, expected_after = with_states(backend, inputs, before)
+    assert_same_bits(out, expected)
+    for name in states:
+        assert_same_bits(after[name][[4, 0]], expected_after[name][[0, 2]])
+        assert_same_bits(after[name][[1, 2, 3]], states[name][[1, 2, 3]])
 
 
 def test_threads_do_not_change_a_bit(backend: Backend, set_num_threads: Any) -> None:
@@ -231,10 +320,29 @@ def test_convolution_weight_must_be_depthwise(backend: Backend) -> None:
         ("conv_state", zeros(2, 64, 3, dtype=np.float16), ["float16", "float32"]),
         ("ssm_state", zeros(3, 64, 16), ["3", "2"]),
         ("ssm_state", zeros(2, 64, 16, dtype=np.float16), ["float16", "float32"]),
+        ("cu_seqlens", np.array([0, 35], np.int32), ["batch", "2"]),
+        ("state_indices", np.array([0, 2], np.int32), ["2"]),
+        ("state_indices", np.array([1, 1], np.int32), ["1", "twice"]),
+        ("state_indices", np.array([0], np.int32), ["1", "2"]),
+        ("dt_B_C_norm_eps", 0.0, ["0.0"]),
+        ("dt_B_C_norm_eps", -1e-5, ["-1e-05"]),
     ],
 )
-def test_bad_argument(backend: Backend, name: str, bad: np.ndarray, words: list[str]) -> None:
+def test_bad_argument(backend: Backend, name: str, bad: Any, words: list[str]) -> None:
     case = BlockCase()
     inputs = {**case.inputs(), **case.states(), name: bad}
     with refuses("mamba_block", name, *words):
         backend.call(ops.mamba_block, **inputs)
+
+
+def test_slots_need_a_state(backend: Backend) -> None:
+    slots = np.arange(2, dtype=np.int32)
+    with refuses("mamba_block", "state_indices", "conv_state", "ssm_state"):
+        backend.call(ops.mamba_block, **BlockCase().inputs(), state_indices=slots)
+
+
+@pytest.mark.parametrize("ends", [[0, 34], [1, 35], [0, 20, 10, 35], [0, -1, 35], [0]])
+def test_bad_boundaries(backend: Backend, ends: list[int]) -> None:
+    inputs = BlockCase(batch=1).inputs()
+    with refuses("mamba_block", "cu_seqlens"):
+        backend.call(ops.mamba_block, **inputs, cu_seqlens=np.array(ends, np.int32))

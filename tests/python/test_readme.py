@@ -4,33 +4,63 @@ import contextlib
 import io
 import re
 import shlex
+import textwrap
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
-from model_fixtures import DATA, PROMPT, golden_text
+from model_fixtures import DATA, PROMPT, bundled_model, golden_text
 
-from ssmcore import cli
+from ssmcore import cli, ops
 
 ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def blocks(language: str) -> list[str]:
     """The fenced blocks of one language, in order."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [text for kind, text in FENCED.findall(README) if kind == language]
 
 
-def test_python_example_prints_what_follows_it():
-    (code,), (expected,) = blocks("python"), blocks("text")
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(code, "README.md", "exec"), {})
-    assert printed.getvalue() == expected
+def test_python_examples_print_what_follows_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # they write files
+    examples = [
+        (code, printed)
+        for (kind, code), (next_kind, printed) in pairwise(FENCED.findall(README))
+        if (kind, next_kind) == ("python", "text")
+    ]
+    assert len(examples) == len(blocks("python"))
+    names: dict[str, Any] = {}  # one session
+    for code, expected in examples:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, "README.md", "exec"), names)
+        assert printed.getvalue() == expected
 
 
 def test_cpp_example_is_the_tested_program():
     (code,) = blocks("cpp")
     assert code == (ROOT / "cpp" / "examples" / "generate.cpp").read_text(encoding="utf-8")
+
+
+def test_c_example_is_of_the_tested_program():
+    (code,) = blocks("c")
+    program = (ROOT / "cpp" / "examples" / "generate.c").read_text(encoding="utf-8")
+    pieces = code.split("/* ... */\n")
+    assert len(pieces) == 2
+    for piece in pieces:
+        assert textwrap.indent(piece, "  ") in program
+
+
+def test_cmake_example_is_of_the_tested_project():
+    (code,) = blocks("cmake")
+    project = (ROOT / "tests" / "consumer" / "CMakeLists.txt").read_text(encoding="utf-8")
+    for line in code.splitlines():
+        assert line.replace("(program ", "(consumer ") in project.splitlines()
 
 
 def test_first_command_prints_the_golden_continuation(capsys: pytest.CaptureFixture[str]):
@@ -39,6 +69,24 @@ def test_first_command_prints_the_golden_continuation(capsys: pytest.CaptureFixt
     assert PROMPT in arguments
     assert cli.main(arguments) == 0
     assert capsys.readouterr().out == golden_text()
+
+
+def test_commands_with_states(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompt.txt").write_text(PROMPT)
+    (commands,) = (block for block in blocks("sh") if block.startswith("ssmcore "))
+    read, go_on = (shlex.split(line)[1:] for line in commands.splitlines())
+    assert cli.main(read) == 0
+    assert capsys.readouterr().out == ""
+    assert cli.main(go_on) == 0
+    assert capsys.readouterr().out == bundled_model().generate(PROMPT + " And then")
+
+
+def test_every_operator_is_listed():
+    for name in ops.__all__:
+        assert f"`{name}`" in README
 
 
 def test_golden_text_of_the_cpp_tests_is_that_of_the_others():
