@@ -35,13 +35,18 @@ Extent extent_of(const TensorView& tensor) {
 
 // Whether no two elements of the tensor share memory, as far as its strides show.
 bool elements_are_distinct(const TensorView& tensor) {
-  std::vector<int> dims;
-  for (int i = 0; i < tensor.rank; ++i)
-    if (tensor.shape[i] > 1) dims.push_back(i);
-  std::sort(dims.begin(), dims.end(),
-            [&](int a, int b) { return tensor.strides[a] < tensor.strides[b]; });
+  int dims[kMaxRank];  // by stride, the smallest first
+  int count = 0;
+  for (int i = 0; i < tensor.rank; ++i) {
+    if (tensor.shape[i] <= 1) continue;
+    int place = count++;
+    for (; place > 0 && tensor.strides[dims[place - 1]] > tensor.strides[i]; --place)
+      dims[place] = dims[place - 1];
+    dims[place] = i;
+  }
   int64_t extent = 1;  // elements spanned by the dimensions before
-  for (int i : dims) {
+  for (int k = 0; k < count; ++k) {
+    const int i = dims[k];
     if (tensor.strides[i] < extent) return false;
     extent += (tensor.shape[i] - 1) * tensor.strides[i];
   }
@@ -133,7 +138,8 @@ void Checks::disjoint(const TensorView& output, const char* name, const TensorVi
 
 void Checks::same_or_disjoint(const TensorView& output, const char* name, const TensorView& other,
                               const char* other_name) const {
-  const bool same = output.data == other.data && output.rank == other.rank &&
+  const bool same = output.data == other.data && output.dtype == other.dtype &&
+                    output.rank == other.rank &&
                     std::equal(output.shape, output.shape + output.rank, other.shape) &&
                     std::equal(output.strides, output.strides + output.rank, other.strides);
   if (!same) disjoint(output, name, other, other_name);
@@ -143,7 +149,8 @@ void Checks::state_indices(const TensorView& indices, int64_t batch, int64_t slo
   if (!indices) return;
   input(indices, "state_indices", {{"batch", batch}}, {DType::int32});
   if (device_.type != DeviceType::cpu) return;
-  std::vector<bool> used(static_cast<size_t>(slots), false);
+  std::vector<int32_t> used;
+  used.reserve(static_cast<size_t>(batch));
   for (int64_t b = 0; b < batch; ++b) {
     const int32_t slot = indices.as<const int32_t>()[b * indices.strides[0]];
     if (slot < 0) continue;
@@ -151,11 +158,13 @@ void Checks::state_indices(const TensorView& indices, int64_t batch, int64_t slo
       return "state_indices[" + std::to_string(b) + "] is " + std::to_string(slot) +
              ", the state has " + std::to_string(slots) + " slots";
     });
-    require(!used[slot], [&] {
-      return "state_indices holds slot " + std::to_string(slot) + " twice; slots must differ";
-    });
-    used[slot] = true;
+    used.push_back(slot);
   }
+  std::sort(used.begin(), used.end());
+  const auto twice = std::adjacent_find(used.begin(), used.end());
+  require(twice == used.end(), [&] {
+    return "state_indices holds slot " + std::to_string(*twice) + " twice; slots must differ";
+  });
 }
 
 int64_t Checks::cu_seqlens(const TensorView& cu_seqlens, int64_t batch, int64_t seqlen) const {

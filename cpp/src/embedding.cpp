@@ -39,7 +39,11 @@ EmbeddingParams lower(const EmbeddingArgs& args, const Context& context) {
 }  // namespace
 
 void embedding(const EmbeddingArgs& args, const Exec& exec) {
-  launch("embedding", kernel_table(exec.context).embedding, lower(args, exec.context), exec);
+  const auto params = lower(args, exec.context);
+  const Checks check("embedding", exec.context.device());
+  check.disjoint(args.out, "out", args.weight.data, "weight");
+  check.disjoint(args.out, "out", args.token_ids, "token_ids");
+  launch("embedding", kernel_table(exec.context).embedding, params, exec);
 }
 
 }  // namespace ssmcore

@@ -1,6 +1,7 @@
 #include "ssmcore/language_model.h"
 
 #include <algorithm>
+#include <atomic>
 #include <numeric>
 
 #include "checks.h"
@@ -97,6 +98,16 @@ struct LanguageModel::Layer {
   std::unique_ptr<Mixer> mixer;
 };
 
+namespace {
+
+// Of each model in the process: an address would come again.
+uint64_t next_serial() {
+  static std::atomic<uint64_t> serial{0};
+  return ++serial;
+}
+
+}  // namespace
+
 // The activations of one chunk.
 struct LanguageModel::Activations {
   TensorView residual, normed, hidden;  // (batch, length, d_model)
@@ -110,7 +121,7 @@ struct LanguageModel::Activations {
 
 LanguageModel::LanguageModel(const Checkpoint& checkpoint, const Context& context,
                              const LoadOptions& options)
-    : checkpoint_(checkpoint), dtype_(options.dtype) {
+    : checkpoint_(checkpoint), dtype_(options.dtype), serial_(next_serial()) {
   Checks("language_model", context.device())
       .require(std::find(kActivationTypes.begin(), kActivationTypes.end(), dtype_) !=
                    kActivationTypes.end(),
@@ -147,7 +158,7 @@ LanguageModel::LanguageModel(LanguageModel&&) noexcept = default;
 ModelState LanguageModel::new_state(int64_t num_slots) const {
   std::vector<std::vector<StateSpec>> states;
   for (const Layer& layer : layers_) states.push_back(layer.mixer->state_specs());
-  return ModelState(states, num_slots, *allocator_, layers_.data());
+  return ModelState(states, num_slots, *allocator_, serial_);
 }
 
 size_t LanguageModel::workspace_size(int64_t batch, int64_t seqlen, const Context& context) const {
@@ -215,7 +226,7 @@ void LanguageModel::forward(const LanguageModelFwdArgs& args, const Exec& exec) 
                " empty, which has no last position for logits";
       });
   check.require(args.state != nullptr, [] { return std::string("state is missing"); });
-  check.require(args.state->model_ == layers_.data(),
+  check.require(args.state->model_ == serial_,
                 [] { return std::string("state was made by another model"); });
   const int64_t slots = args.state->num_slots();
   check.require(args.state_indices || slots == rows.size, [&] {

@@ -43,6 +43,7 @@ void check_overlap(const LinearArgs& args, const Context& context) {
   const Checks check("linear", context.device());
   check.disjoint(args.out, "out", args.x, "x");
   check.disjoint(args.out, "out", args.weight.data, "weight");
+  check.disjoint(args.out, "out", args.bias, "bias");
 }
 
 }  // namespace

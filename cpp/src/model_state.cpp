@@ -28,7 +28,7 @@ std::string describe(const TensorView& tensor) {
 }  // namespace
 
 ModelState::ModelState(const std::vector<std::vector<StateSpec>>& layers, int64_t num_slots,
-                       Allocator& allocator, const void* model)
+                       Allocator& allocator, uint64_t model)
     : num_slots_(num_slots), allocator_(&allocator), model_(model) {
   kCheck.require(num_slots > 0, [&] {
     return "num_slots is " + std::to_string(num_slots) + ", expected at least 1";

@@ -44,7 +44,6 @@ void check_logits(const Checks& check, const TensorView& logits) {
 }
 
 void check_history(const Checks& check, const TensorView& history, int64_t vocab_size) {
-  if (history.device.type != DeviceType::cpu) return;
   for (int64_t b = 0; b < history.shape[0]; ++b)
     for (int64_t i = 0; i < history.shape[1]; ++i) {
       const int64_t id =
@@ -60,6 +59,7 @@ SampleParams lower(const SampleArgs& args, const Context& context) {
   const Checks check("sample", context.device());
   check.rank(args.logits, "logits", 2, "(batch, vocab_size)");
   const Dim batch{"batch", args.logits.shape[0]}, vocab_size{"vocab_size", args.logits.shape[1]};
+  check.range("logits: vocab_size", vocab_size.size, 1, INT32_MAX);
   check.input(args.logits, "logits", {batch, vocab_size}, {DType::float32});
   check.optional(args.repetition_penalty, "repetition_penalty", {batch}, {DType::float32});
   check.optional(args.temperature, "temperature", {batch}, {DType::float32});
@@ -78,20 +78,7 @@ SampleParams lower(const SampleArgs& args, const Context& context) {
     params.history_length = args.history.shape[1];
     check.input(args.history, "history", {batch, {"length", params.history_length}},
                 {DType::int32, DType::int64});
-    check_history(check, args.history, vocab_size.size);
   }
-  check_setting<float>(check, args.repetition_penalty, "repetition_penalty", "a positive number",
-                       [](float v) { return v > 0 && std::isfinite(v); });
-  check_setting<float>(check, args.temperature, "temperature", "a finite number of at least 0",
-                       [](float v) { return v >= 0 && std::isfinite(v); });
-  check_setting<int32_t>(check, args.top_k, "top_k", "at least 0 (0: off)",
-                         [](int32_t v) { return v >= 0; });
-  check_setting<float>(check, args.top_p, "top_p", "more than 0 and at most 1",
-                       [](float v) { return v > 0 && v <= 1; });
-  check_setting<float>(check, args.min_p, "min_p", "0 to 1",
-                       [](float v) { return v >= 0 && v <= 1; });
-  if (context.device().type == DeviceType::cpu) check_logits(check, args.logits);
-
   params.history_dtype = args.history.dtype;
   params.out_dtype = args.out.dtype;
   params.batch = batch.size;
@@ -109,6 +96,26 @@ SampleParams lower(const SampleArgs& args, const Context& context) {
   return params;
 }
 
+// Only when it runs: those who ask for a size need not have filled their tensors.
+void check_values(const SampleArgs& args, const Context& context) {
+  const Checks check("sample", context.device());
+  check_setting<float>(check, args.repetition_penalty, "repetition_penalty", "a positive number",
+                       [](float v) { return v > 0 && std::isfinite(v); });
+  check_setting<float>(check, args.temperature, "temperature", "a finite number of at least 0",
+                       [](float v) { return v >= 0 && std::isfinite(v); });
+  check_setting<int32_t>(check, args.top_k, "top_k", "at least 0 (0: off)",
+                         [](int32_t v) { return v >= 0; });
+  check_setting<float>(check, args.top_p, "top_p", "more than 0 and at most 1",
+                       [](float v) { return v > 0 && v <= 1; });
+  check_setting<float>(check, args.min_p, "min_p", "0 to 1",
+                       [](float v) { return v >= 0 && v <= 1; });
+  for (const auto& [input, name] : {std::pair{&args.logits, "logits"}, {&args.history, "history"}})
+    check.disjoint(args.out, "out", *input, name);
+  if (context.device().type != DeviceType::cpu) return;
+  if (args.history) check_history(check, args.history, args.logits.shape[1]);
+  check_logits(check, args.logits);
+}
+
 }  // namespace
 
 size_t sample_workspace_size(const SampleArgs& args, const Context& context) {
@@ -116,7 +123,9 @@ size_t sample_workspace_size(const SampleArgs& args, const Context& context) {
 }
 
 void sample(const SampleArgs& args, const Exec& exec) {
-  launch("sample", kernel_table(exec.context).sample, lower(args, exec.context), exec);
+  const auto params = lower(args, exec.context);
+  check_values(args, exec.context);
+  launch("sample", kernel_table(exec.context).sample, params, exec);
 }
 
 }  // namespace ssmcore

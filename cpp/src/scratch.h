@@ -14,33 +14,46 @@ namespace ssmcore {
 // *_workspace_size, it starts from `nowhere()`, and its pieces are not touched.
 class Scratch {
  public:
-  explicit Scratch(void* memory) : begin_(static_cast<char*>(memory)), next_(begin_) {}
+  explicit Scratch(void* memory) : begin_(static_cast<char*>(memory)) {}
   static Scratch nowhere() { return Scratch(reinterpret_cast<void*>(kAlignment)); }
 
   __attribute__((always_inline)) void* bytes(size_t count) {
-    char* piece = next_;
-    next_ += (count + kAlignment - 1) / kAlignment * kAlignment;
+    char* piece = begin_ + used_;
+    // Sizes beyond any memory stay so, instead of wrapping around to small ones.
+    if (count > kTooMuch - used_)
+      used_ = kTooMuch;
+    else
+      used_ += (count + kAlignment - 1) / kAlignment * kAlignment;
     return piece;
   }
   __attribute__((always_inline)) float* floats(int64_t count) {
-    return static_cast<float*>(bytes(static_cast<size_t>(count) * sizeof(float)));
+    return static_cast<float*>(bytes(product(static_cast<size_t>(count), sizeof(float))));
   }
   TensorView tensor(DType dtype, std::initializer_list<int64_t> shape, Device device) {
-    TensorView view(nullptr, dtype, shape, device);
-    view.data = bytes(static_cast<size_t>(view.numel()) * dtype_size(dtype));
-    return view;
+    size_t count = dtype_size(dtype);
+    for (const int64_t size : shape) count = product(count, static_cast<size_t>(size));
+    void* piece = bytes(count);
+    return used_ == kTooMuch ? TensorView() : TensorView(piece, dtype, shape, device);
   }
 
-  size_t used() const { return static_cast<size_t>(next_ - begin_); }
+  size_t used() const { return used_; }
+
+  // Of sizes in bytes or elements; what is too much stays too much.
+  __attribute__((always_inline)) static size_t product(size_t a, size_t b) {
+    size_t result;
+    return __builtin_mul_overflow(a, b, &result) || result > kTooMuch ? kTooMuch : result;
+  }
 
   // What is left of the workspace of `exec`, from which this was carved.
   Exec rest(const Exec& exec) const {
-    return Exec{exec.context, exec.stream, next_, exec.workspace_bytes - used()};
+    return Exec{exec.context, exec.stream, begin_ + used_, exec.workspace_bytes - used_};
   }
 
  private:
   static constexpr size_t kAlignment = 64;
-  char *begin_, *next_;
+  static constexpr size_t kTooMuch = SIZE_MAX / 2 / kAlignment * kAlignment;
+  char* begin_;
+  size_t used_ = 0;
 };
 
 // Workers that a loop of so many multiply-adds is worth waking: each wake-up costs

@@ -57,9 +57,7 @@ int64_t check_coefficients(const Checks& check, const TensorView& tensor, const 
 }
 
 int64_t count_chunks(const SelectiveScanFwdArgs& args, int64_t rows, int64_t seqlen) {
-  const auto chunks = [&](int64_t length) {
-    return (length + args.chunk_size - 1) / args.chunk_size;
-  };
+  const auto chunks = [&](int64_t length) { return ceil_div(length, args.chunk_size); };
   if (!args.cu_seqlens) return chunks(seqlen);
   int64_t sum = 0;
   const int32_t* cu_seqlens = args.cu_seqlens.as<const int32_t>();

@@ -20,6 +20,11 @@ struct Strided {
   explicit operator bool() const { return data != nullptr; }
 };
 
+// ⌈n / d⌉ for n ≥ 0 and d > 0, whatever their size.
+__attribute__((always_inline)) inline int64_t ceil_div(int64_t n, int64_t d) {
+  return n / d + (n % d != 0);
+}
+
 // Element `at` of int32 or int64 data.
 __attribute__((always_inline)) inline int64_t integer_at(const void* data, DType dtype,
                                                          int64_t at) {

@@ -1,12 +1,22 @@
 #include "thread_pool.h"
 
 #include <unistd.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <vector>
 #if defined(__linux__)
 #include <sched.h>
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+
+#include "ssmcore/error.h"
 
 namespace ssmcore {
 namespace {
@@ -43,99 +53,157 @@ int available_cores() {
   return n > 0 ? static_cast<int>(n) : 1;
 }
 
-ThreadPool::ThreadPool(int num_threads) {
-  start(num_threads);
-}
+class ThreadPool::Workers {
+ public:
+  explicit Workers(int num_threads) { start(num_threads); }
+  ~Workers() { stop(); }
+
+  int num_threads() const { return num_threads_.load(std::memory_order_relaxed); }
+  bool forked() const { return owner_pid_ != getpid(); }
+
+  void set_num_threads(int num_threads) {
+    std::lock_guard<std::mutex> lock(use_);
+    const int before = this->num_threads();
+    if (num_threads == before) return;
+    stop();
+    try {
+      start(num_threads);
+    } catch (const Error&) {
+      start(before);
+      throw;
+    }
+  }
+
+  void run(int64_t num_tasks, int max_workers, const void* body, TaskFn call) {
+    std::unique_lock<std::mutex> lock(use_, std::defer_lock);
+    if (num_tasks <= 1 || max_workers <= 1 || forked() || !lock.try_lock() || threads_.empty()) {
+      for (int64_t task = 0; task < num_tasks; ++task) call(body, task, 0);
+      return;
+    }
+    body_ = body;
+    call_ = call;
+    num_tasks_ = num_tasks;
+    max_workers_ = max_workers;
+    next_task_ = 0;
+    next_worker_ = 1;
+    joined_.store(kOpen, std::memory_order_release);
+    {
+      std::lock_guard<std::mutex> wake_lock(wake_mutex_);
+      ++generation_;
+    }
+    if (max_workers > static_cast<int>(threads_.size()))
+      wake_.notify_all();
+    else
+      for (int i = 1; i < max_workers; ++i) wake_.notify_one();
+    run_tasks(0);
+    joined_.fetch_and(~kOpen, std::memory_order_relaxed);
+    const auto all_done = [&] { return joined_.load(std::memory_order_acquire) == 0; };
+    while (!spin_until(all_done)) std::this_thread::yield();
+  }
+
+ private:
+  void start(int num_threads) {
+    owner_pid_ = getpid();
+    num_threads_ = num_threads;
+    stopping_ = false;
+    try {
+      while (static_cast<int>(threads_.size()) < num_threads - 1)
+        threads_.emplace_back(&Workers::work, this, generation_.load());
+    } catch (const std::system_error&) {
+      stop();
+      throw Error(ErrorCode::out_of_memory,
+                  "context: cannot start " + std::to_string(num_threads) + " threads");
+    }
+  }
+
+  void stop() {
+    {
+      std::lock_guard<std::mutex> lock(wake_mutex_);
+      stopping_ = true;
+      ++generation_;
+    }
+    wake_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+    threads_.clear();
+  }
+
+  void run_tasks(int worker) {
+    for (;;) {
+      const int64_t task = next_task_.fetch_add(1, std::memory_order_relaxed);
+      if (task >= num_tasks_) return;
+      call_(body_, task, worker);
+    }
+  }
+
+  // Enters the running loop, unless it has closed.
+  bool join() {
+    uint32_t joined = joined_.load(std::memory_order_relaxed);
+    while (joined & kOpen)
+      if (joined_.compare_exchange_weak(joined, joined + 1, std::memory_order_acquire)) return true;
+    return false;
+  }
+
+  void work(uint64_t seen) {
+    for (;;) {
+      const auto called = [&] { return generation_.load(std::memory_order_acquire) != seen; };
+      if (!spin_until(called)) {
+        std::unique_lock<std::mutex> lock(wake_mutex_);
+        wake_.wait(lock, called);
+      }
+      seen = generation_.load(std::memory_order_acquire);
+      if (stopping_) return;
+      if (!join()) continue;
+      const int worker = next_worker_.fetch_add(1, std::memory_order_relaxed);
+      if (worker < max_workers_) run_tasks(worker);
+      joined_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  std::mutex use_;  // held by the thread whose loop is running
+  std::atomic<int> num_threads_{1};
+  std::vector<std::thread> threads_;  // all but the callers'
+  int owner_pid_ = 0;
+
+  const void* body_ = nullptr;
+  TaskFn call_ = nullptr;
+  int64_t num_tasks_ = 0;
+  int max_workers_ = 0;
+  std::atomic<int64_t> next_task_{0};
+  std::atomic<int> next_worker_{1};
+  // The loop that is open to workers: how many have joined it, and whether more may.
+  static constexpr uint32_t kOpen = 1u << 31;
+  std::atomic<uint32_t> joined_{0};
+
+  std::mutex wake_mutex_;
+  std::condition_variable wake_;
+  std::atomic<uint64_t> generation_{0};  // one more for every loop, and for stopping
+  std::atomic<bool> stopping_{false};
+};
+
+ThreadPool::ThreadPool(int num_threads) : workers_(std::make_unique<Workers>(num_threads)) {}
 
 ThreadPool::~ThreadPool() {
-  stop();
+  abandon_after_fork();
+}
+
+int ThreadPool::num_threads() const {
+  return workers_->num_threads();
 }
 
 void ThreadPool::set_num_threads(int num_threads) {
-  std::lock_guard<std::mutex> lock(use_);
-  if (num_threads == this->num_threads()) return;
-  stop();
-  start(num_threads);
-}
-
-void ThreadPool::start(int num_threads) {
-  owner_pid_ = getpid();
-  num_threads_ = num_threads;
-  stopping_ = false;
-  for (int worker = 1; worker < num_threads; ++worker)
-    workers_.emplace_back(&ThreadPool::work, this, worker, generation_.load());
-}
-
-void ThreadPool::stop() {
-  if (owner_pid_ != getpid()) {
-    // A forked child has the thread objects, but not the threads.
-    for (std::thread& thread : workers_) thread.detach();
-    workers_.clear();
-    return;
-  }
-  {
-    std::lock_guard<std::mutex> lock(wake_mutex_);
-    stopping_ = true;
-    ++generation_;
-  }
-  wake_.notify_all();
-  for (std::thread& thread : workers_) thread.join();
-  workers_.clear();
+  abandon_after_fork();
+  if (workers_)
+    workers_->set_num_threads(num_threads);
+  else
+    workers_ = std::make_unique<Workers>(num_threads);
 }
 
 void ThreadPool::run(int64_t num_tasks, int max_workers, const void* body, TaskFn call) {
-  std::unique_lock<std::mutex> lock(use_, std::defer_lock);
-  const bool alone = num_tasks <= 1 || max_workers <= 1 || !lock.try_lock() || workers_.empty() ||
-                     owner_pid_ != getpid();
-  if (alone) {
-    for (int64_t task = 0; task < num_tasks; ++task) call(body, task, 0);
-    return;
-  }
-  body_ = body;
-  call_ = call;
-  num_tasks_ = num_tasks;
-  max_workers_ = max_workers;
-  next_task_ = 0;
-  joined_.store(kOpen, std::memory_order_release);
-  {
-    std::lock_guard<std::mutex> wake_lock(wake_mutex_);
-    ++generation_;
-  }
-  wake_.notify_all();
-  run_tasks(0);
-  joined_.fetch_and(~kOpen, std::memory_order_relaxed);
-  const auto all_done = [&] { return joined_.load(std::memory_order_acquire) == 0; };
-  while (!spin_until(all_done)) std::this_thread::yield();
+  workers_->run(num_tasks, max_workers, body, call);
 }
 
-void ThreadPool::run_tasks(int worker) {
-  for (;;) {
-    const int64_t task = next_task_.fetch_add(1, std::memory_order_relaxed);
-    if (task >= num_tasks_) return;
-    call_(body_, task, worker);
-  }
-}
-
-bool ThreadPool::join() {
-  uint32_t joined = joined_.load(std::memory_order_relaxed);
-  while (joined & kOpen)
-    if (joined_.compare_exchange_weak(joined, joined + 1, std::memory_order_acquire)) return true;
-  return false;
-}
-
-void ThreadPool::work(int worker, uint64_t seen) {
-  for (;;) {
-    const auto called = [&] { return generation_.load(std::memory_order_acquire) != seen; };
-    if (!spin_until(called)) {
-      std::unique_lock<std::mutex> lock(wake_mutex_);
-      wake_.wait(lock, called);
-    }
-    seen = generation_.load(std::memory_order_acquire);
-    if (stopping_) return;
-    if (!join()) continue;
-    if (worker < max_workers_) run_tasks(worker);
-    joined_.fetch_sub(1, std::memory_order_release);
-  }
+void ThreadPool::abandon_after_fork() {
+  if (workers_->forked()) workers_.release();  // NOLINT: lost on purpose
 }
 
 }  // namespace ssmcore

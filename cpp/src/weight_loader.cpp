@@ -107,6 +107,8 @@ TensorView WeightLoader::take(const std::string& field, int64_t layer,
         tensor.dtype != DType::float16)
       fail("tensor " + name + " has dtype " + dtype_name(tensor.dtype) +
            ", expected float32, bfloat16 or float16");
+    if (tensor.device.type != DeviceType::cpu)
+      fail("tensor " + name + " is on " + to_string(tensor.device) + ", expected cpu");
     if (!tensor.is_contiguous()) fail("tensor " + name + " is not contiguous");
     taken_.insert(name);
     num_parameters_ += tensor.numel();

@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <shared_mutex>
 #include <string>
 #include <vector>
 
@@ -14,6 +15,10 @@ namespace ssmcore {
 
 // The context that all Python calls share.
 Context& cpu_context();
+
+// Held shared by every call, from the size of its workspace to its end, and exclusively by whoever
+// changes the number of threads, on which that size depends.
+std::shared_mutex& calls();
 
 class Call {
  public:
@@ -42,6 +47,7 @@ class Call {
            void (*op)(const Args&, const Exec&), const Args& args) const {
     const Context& context = cpu_context();
     const pybind11::gil_scoped_release release;
+    const std::shared_lock<std::shared_mutex> lock(calls());
     const Buffer workspace(context.allocator(), workspace_size ? workspace_size(args, context) : 0,
                            op_);
     op(args, Exec{context, nullptr, workspace.data(), workspace.bytes()});

@@ -74,6 +74,7 @@ void forward(const LanguageModel& model, py::handle token_ids, py::handle logits
   const LanguageModelFwdArgs args{ids.view, packed.view, &state, indices.view, out.view};
   const Context& context = cpu_context();
   const py::gil_scoped_release release;
+  const std::shared_lock<std::shared_mutex> lock(calls());
   // Sizes of 0 are left to forward() to refuse.
   const bool empty = ids.view.numel() == 0;
   const Buffer workspace(

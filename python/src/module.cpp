@@ -1,6 +1,8 @@
 // The native module, ssmcore._core.
 #include <pybind11/pybind11.h>
 
+#include <mutex>
+
 #include "call.h"
 #include "ssmcore/context.h"
 #include "ssmcore/error.h"
@@ -10,8 +12,14 @@ namespace py = pybind11;
 namespace ssmcore {
 
 Context& cpu_context() {
-  static Context context;
+  // Never destroyed: threads may still be using it when the interpreter ends.
+  static Context& context = *new Context;
   return context;
+}
+
+std::shared_mutex& calls() {
+  static std::shared_mutex& mutex = *new std::shared_mutex;
+  return mutex;
 }
 
 namespace {
@@ -47,8 +55,12 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   module.def("isa", [] { return isa_name(cpu_context().isa()); });
   module.def("num_threads", [] { return cpu_context().num_threads(); });
   module.def(
-      "set_num_threads", [](int n) { cpu_context().set_num_threads(n); }, py::arg("n"),
-      py::call_guard<py::gil_scoped_release>());
+      "set_num_threads",
+      [](int n) {
+        const std::unique_lock<std::shared_mutex> lock(calls());
+        cpu_context().set_num_threads(n);
+      },
+      py::arg("n"), py::call_guard<py::gil_scoped_release>());
   bind_ops(module);
   bind_model(module);
 }

@@ -137,7 +137,7 @@ SSMCORE_C_API void ssmcore_context_destroy(ssmcore_context* context);
 
 SSMCORE_C_API ssmcore_status ssmcore_context_num_threads(const ssmcore_context* context,
                                                          int32_t* num_threads);
-/* Waits for running calls. */
+/* Not between asking for the size of a workspace and the call that uses it. */
 SSMCORE_C_API ssmcore_status ssmcore_context_set_num_threads(ssmcore_context* context,
                                                              int32_t num_threads);
 

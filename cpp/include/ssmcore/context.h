@@ -42,7 +42,8 @@ class Context {
   Allocator& allocator() const { return *allocator_; }
   ThreadPool& thread_pool() const { return *thread_pool_; }
   int num_threads() const;
-  // Waits for running calls. Throws Error(invalid_argument) for n < 1.
+  // Not between asking for the size of a workspace and the call that uses it. Throws
+  // Error(invalid_argument) for n < 1.
   void set_num_threads(int n);
 
  private:

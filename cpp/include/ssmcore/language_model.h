@@ -39,7 +39,7 @@ class ModelState {
   friend class LanguageModel;
   ModelState() = default;
   ModelState(const std::vector<std::vector<StateSpec>>& layers, int64_t num_slots,
-             Allocator& allocator, const void* model);
+             Allocator& allocator, uint64_t model);
   void check_slot(const char* name, int64_t slot) const;
   std::string header() const;
 
@@ -48,7 +48,7 @@ class ModelState {
   Buffer buffer_;
   int64_t num_slots_ = 0;
   Allocator* allocator_ = nullptr;
-  const void* model_ = nullptr;
+  uint64_t model_ = 0;  // serial number
 };
 
 struct LanguageModelFwdArgs {
@@ -114,6 +114,7 @@ class LanguageModel {
 
   Checkpoint checkpoint_;  // dense weights point into its memory
   DType dtype_ = DType::float32;
+  uint64_t serial_;
   int64_t num_parameters_ = 0;
   Allocator* allocator_ = nullptr;
   std::vector<Buffer> buffers_;  // weights that had to be converted

@@ -174,7 +174,7 @@ class Convolution {
 }  // namespace
 
 size_t causal_conv1d_fwd_workspace_size(const CausalConv1dFwdParams& p, const Context& context) {
-  return Workspace::bytes(p) * static_cast<size_t>(context.num_threads());
+  return Scratch::product(Workspace::bytes(p), static_cast<size_t>(context.num_threads()));
 }
 
 void causal_conv1d_fwd(const CausalConv1dFwdParams& p, const Exec& exec) {

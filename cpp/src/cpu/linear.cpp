@@ -159,8 +159,8 @@ void linear_with(const LinearParams& p, const Exec& exec) {
 }  // namespace
 
 size_t linear_workspace_size(const LinearParams& p, const Context&) {
-  return sizeof(float) *
-         static_cast<size_t>(p.rows * padded<FloatProduct<bfloat16>>(p.in_features));
+  const size_t row = static_cast<size_t>(padded<FloatProduct<bfloat16>>(p.in_features));
+  return Scratch::product(Scratch::product(sizeof(float), row), static_cast<size_t>(p.rows));
 }
 
 void linear(const LinearParams& p, const Exec& exec) {

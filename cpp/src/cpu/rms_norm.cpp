@@ -69,7 +69,7 @@ void norm_row(const RmsNormFwdParams& p, const Workspace& w, int64_t row) {
 }  // namespace
 
 size_t rms_norm_fwd_workspace_size(const RmsNormFwdParams& p, const Context& context) {
-  return Workspace::bytes(p) * static_cast<size_t>(context.num_threads());
+  return Scratch::product(Workspace::bytes(p), static_cast<size_t>(context.num_threads()));
 }
 
 void rms_norm_fwd(const RmsNormFwdParams& p, const Exec& exec) {

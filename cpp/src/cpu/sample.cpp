@@ -103,7 +103,7 @@ int32_t sample_row(const SampleParams& p, Row& row, int64_t b) {
   const float* end = row.values + p.vocab_size;
   const float largest = largest_of(row.values, p.vocab_size);
   const float temperature = value_or(p.temperature, b, 1.0f);
-  if (temperature == 0)
+  if (temperature == 0 || !std::isfinite(largest))  // a penalty can make it infinite
     return static_cast<int32_t>(std::find(static_cast<const float*>(row.values), end, largest) -
                                 row.values);
 
@@ -141,7 +141,7 @@ struct Workspace {
 }  // namespace
 
 size_t sample_workspace_size(const SampleParams& p, const Context& context) {
-  return Workspace::bytes(p) * static_cast<size_t>(context.num_threads());
+  return Scratch::product(Workspace::bytes(p), static_cast<size_t>(context.num_threads()));
 }
 
 void sample(const SampleParams& p, const Exec& exec) {

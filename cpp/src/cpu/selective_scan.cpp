@@ -34,7 +34,8 @@ int parts_of(const SelectiveScanFwdParams& p) {
 struct Workspace {
   int64_t per_part, per_tile;                  // values between parts, and between tiles
   float *A, *state, *constant_B, *constant_C;  // (tiles, parts, dstate, kLanes)
-  float *D, *delta_bias, *delta_sum;           // (tiles, kLanes)
+  float *D, *delta_bias;                       // (tiles, kLanes)
+  float *delta_sum, *delta_sum_lost;           // (tiles, kLanes): a sum, and what rounding lost
   float *B, *C;                                // (steps, dstate, parts)
   float *delta, *delta_u, *u, *y;              // (steps, kLanes)
 
@@ -43,7 +44,8 @@ struct Workspace {
     const int64_t steps = block_l(p);
     for (float** piece : {&A, &state, &constant_B, &constant_C})
       *piece = scratch.floats(kMaxTiles * per_tile);
-    for (float** piece : {&D, &delta_bias, &delta_sum}) *piece = scratch.floats(kMaxTiles * kLanes);
+    for (float** piece : {&D, &delta_bias, &delta_sum, &delta_sum_lost})
+      *piece = scratch.floats(kMaxTiles * kLanes);
     for (float** piece : {&B, &C}) *piece = scratch.floats(steps * p.dstate * parts_of(p));
     for (float** piece : {&delta, &delta_u, &u, &y}) *piece = scratch.floats(steps * kLanes);
   }
@@ -134,6 +136,7 @@ class Scan {
     load_tile_or_zeros(column_of(p.delta_bias, DType::float32, task.head), d, channels, 1,
                        w.delta_bias + tile * kLanes);
     store(w.delta_sum + tile * kLanes, Vec{});
+    store(w.delta_sum_lost + tile * kLanes, Vec{});
   }
 
   void advance(int64_t t, int64_t steps) const {
@@ -189,7 +192,7 @@ class Scan {
     load_tile(u, d, channels, t, steps, w.u);
     load_tile(delta, d, channels, t, steps, w.delta);
     const Vec bias = load(w.delta_bias + tile * kLanes);
-    Vec sum = load(w.delta_sum + tile * kLanes);
+    Vec sum{};
     for (int64_t i = 0; i < steps * kLanes; i += kLanes) {
       Vec dt = load(w.delta + i) + bias;
       if (p.delta_softplus) dt = softplus(dt);
@@ -198,7 +201,11 @@ class Scan {
       store(w.delta_u + i, dt * load(w.u + i));
       store(w.y + i, Vec{});
     }
-    store(w.delta_sum + tile * kLanes, sum);
+    // Kahan's summation: a million chunks lose no more than one.
+    const Vec before = load(w.delta_sum + tile * kLanes);
+    const Vec added = sum - load(w.delta_sum_lost + tile * kLanes), after = before + added;
+    store(w.delta_sum + tile * kLanes, after);
+    store(w.delta_sum_lost + tile * kLanes, (after - before) - added);
   }
 
   // out = (y + D u) SiLU(z) for one tile and chunk.
@@ -231,7 +238,7 @@ class Scan {
     const Rows rows{p.cu_seqlens, {}, p.seqlen};
     int64_t chunks = 0;
     for (int64_t row = 0; row < task.row_index; ++row)
-      chunks += (rows.boundary(row + 1) - rows.boundary(row) + p.chunk_size - 1) / p.chunk_size;
+      chunks += ceil_div(rows.boundary(row + 1) - rows.boundary(row), p.chunk_size);
     return chunks;
   }
 
@@ -248,7 +255,7 @@ class Scan {
 
 size_t selective_scan_fwd_workspace_size(const SelectiveScanFwdParams& p, const Context& context) {
   if (p.dtype == DType::float64) return selective_scan_fwd_float64_workspace_size(p, context);
-  return Workspace::bytes(p) * static_cast<size_t>(context.num_threads());
+  return Scratch::product(Workspace::bytes(p), static_cast<size_t>(context.num_threads()));
 }
 
 void selective_scan_fwd(const SelectiveScanFwdParams& p, const Exec& exec) {

@@ -40,7 +40,7 @@ void scan_channel(const SelectiveScanFwdParams& s, int64_t row, int64_t h, int64
                                        : row;
   int64_t chunk = 0;
   for (int64_t i = 0; packed && s.chunk_states && i < row; ++i)
-    chunk += (boundary(i + 1) - boundary(i) + s.chunk_size - 1) / s.chunk_size;
+    chunk += ceil_div(boundary(i + 1) - boundary(i), s.chunk_size);
 
   for (int64_t n = 0; n < s.dstate; ++n)
     state[n] = s.initial_state && slot >= 0 ? *at(s.initial_state, slot, h, p, n) : 0;
@@ -72,7 +72,7 @@ void scan_channel(const SelectiveScanFwdParams& s, int64_t row, int64_t h, int64
 
 size_t state_bytes(const SelectiveScanFwdParams& params) {
   Scratch scratch = Scratch::nowhere();
-  scratch.bytes(static_cast<size_t>(params.dstate) * sizeof(double));
+  scratch.bytes(Scratch::product(static_cast<size_t>(params.dstate), sizeof(double)));
   return scratch.used();
 }
 
@@ -80,7 +80,7 @@ size_t state_bytes(const SelectiveScanFwdParams& params) {
 
 size_t selective_scan_fwd_float64_workspace_size(const SelectiveScanFwdParams& params,
                                                  const Context& context) {
-  return state_bytes(params) * static_cast<size_t>(context.num_threads());
+  return Scratch::product(state_bytes(params), static_cast<size_t>(context.num_threads()));
 }
 
 void selective_scan_fwd_float64(const SelectiveScanFwdParams& params, const Exec& exec) {

@@ -71,10 +71,15 @@ SSMCORE_INLINE void load_tile(const T* from, int64_t stride_d, int64_t stride_t,
     for (int64_t d = 0; d < kLanes; ++d) {
       if (d < channels) {
         const T* row = from + d * stride_d;
-        if (stride_t == 1)
-          for (int64_t t = 0; t < steps; ++t) tile[t * kLanes + d] = to_float(row[t]);
-        else
-          for (int64_t t = 0; t < steps; ++t) tile[t * kLanes + d] = to_float(row[t * stride_t]);
+        int64_t t = 0;
+        if (stride_t == 1) {
+          for (; t + kLanes <= steps; t += kLanes) {
+            float values[kLanes];
+            store(values, load(row + t));
+            for (int i = 0; i < kLanes; ++i) tile[(t + i) * kLanes + d] = values[i];
+          }
+        }
+        for (; t < steps; ++t) tile[t * kLanes + d] = to_float(row[t * stride_t]);
       } else {
         for (int64_t t = 0; t < steps; ++t) tile[t * kLanes + d] = 0;
       }
@@ -91,9 +96,18 @@ SSMCORE_INLINE void store_tile(const float* tile, int64_t channels, int64_t step
     for (int64_t t = 0; t < steps; ++t)
       store_partial(to + t * stride_t, load(tile + t * kLanes), channels);
   } else {
-    for (int64_t d = 0; d < channels; ++d)
-      for (int64_t t = 0; t < steps; ++t)
-        from_float(tile[t * kLanes + d], to + d * stride_d + t * stride_t);
+    for (int64_t d = 0; d < channels; ++d) {
+      T* row = to + d * stride_d;
+      int64_t t = 0;
+      if (stride_t == 1) {
+        for (; t + kLanes <= steps; t += kLanes) {
+          float values[kLanes];
+          for (int i = 0; i < kLanes; ++i) values[i] = tile[(t + i) * kLanes + d];
+          store(row + t, load(values));
+        }
+      }
+      for (; t < steps; ++t) from_float(tile[t * kLanes + d], row + t * stride_t);
+    }
   }
 }
 
