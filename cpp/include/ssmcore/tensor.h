@@ -54,7 +54,7 @@ struct TensorView {
   TensorView select(int dim, int64_t index) const;                 // drops `dim`
   TensorView slice(int dim, int64_t begin, int64_t length) const;  // keeps `dim`
   TensorView transpose(int dim0, int dim1) const;
-  TensorView unsqueeze(int dim) const;  // inserts a dimension of size 1
+  TensorView unsqueeze(int dim) const;             // inserts a dimension of size 1
   TensorView split(int dim, int64_t outer) const;  // size n as two of sizes outer, n / outer
 
   template <typename T>
