@@ -103,7 +103,6 @@ class ThreadPool::Workers {
 
  private:
   void start(int num_threads) {
-    owner_pid_ = getpid();
     num_threads_ = num_threads;
     stopping_ = false;
     try {
@@ -162,7 +161,7 @@ class ThreadPool::Workers {
   std::mutex use_;  // held by the thread whose loop is running
   std::atomic<int> num_threads_{1};
   std::vector<std::thread> threads_;  // all but the callers'
-  int owner_pid_ = 0;
+  const int owner_pid_ = getpid();
 
   const void* body_ = nullptr;
   TaskFn call_ = nullptr;
