@@ -33,8 +33,6 @@ class WeightLoader {
   // memory, as the kernels read them; `shape` holds dim · n elements, dim first.
   TensorView channels_last(const std::string& field, int64_t layer,
                            std::initializer_list<int64_t> shape);
-  // Memory for something derived.
-  TensorView allocate(DType dtype, std::initializer_list<int64_t> shape);
 
   // A field that the model does not use even if it is stored.
   void ignore(const std::string& field);
@@ -44,6 +42,8 @@ class WeightLoader {
   int64_t num_parameters() const { return num_parameters_; }
 
  private:
+  // Memory for a tensor that is not used as stored.
+  TensorView allocate(DType dtype, std::initializer_list<int64_t> shape);
   // The stored tensor of a field, of this shape and a floating-point dtype.
   TensorView take(const std::string& field, int64_t layer, std::initializer_list<int64_t> shape);
 
