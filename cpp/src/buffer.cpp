@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <utility>
 
+#include "cuda_backend.h"
 #include "ssmcore/error.h"
 
 namespace ssmcore {
@@ -25,6 +26,10 @@ class CpuAllocator final : public Allocator {
 Allocator& cpu_allocator() {
   static CpuAllocator allocator;
   return allocator;
+}
+
+Allocator& cuda_allocator(int index) {
+  return cuda::default_allocator(index);
 }
 
 Buffer::Buffer(Allocator& allocator, size_t bytes, const char* purpose, void* stream)

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <string>
 
-#include "kernels.h"
+#include "cuda_backend.h"
 #include "ssmcore/error.h"
 #include "thread_pool.h"
 
@@ -50,9 +50,16 @@ Isa chosen_isa() {
 }  // namespace
 
 Context::Context(Device device, const ContextOptions& options)
-    : device_(device), isa_(chosen_isa()), allocator_(options.allocator) {
-  if (device.type == DeviceType::cuda) cuda::kernel_table();  // throws when built without
-  if (!allocator_) allocator_ = &cpu_allocator();
+    : device_(device),
+      isa_(chosen_isa()),
+      allocator_(options.allocator),
+      batch_invariant_(options.batch_invariant) {
+  if (device.type == DeviceType::cuda) cuda_ = cuda::make_device_state(device.index);
+  if (!allocator_) allocator_ = cuda_ ? &cuda_allocator(device.index) : &cpu_allocator();
+  if (allocator_->device() != device)
+    throw Error(ErrorCode::invalid_argument, "context: the allocator is of " +
+                                                 to_string(allocator_->device()) + ", expected " +
+                                                 to_string(device));
   const int threads = options.num_threads != 0
                           ? checked_threads(options.num_threads, "context: num_threads")
                           : default_threads();
@@ -67,6 +74,14 @@ int Context::num_threads() const {
 
 void Context::set_num_threads(int n) {
   thread_pool_->set_num_threads(checked_threads(n, "set_num_threads: n"));
+}
+
+void Context::synchronize(void* stream) const {
+  if (cuda_) cuda::synchronize(*cuda_, stream);
+}
+
+int cuda_device_count() {
+  return cuda::device_count();
 }
 
 }  // namespace ssmcore

@@ -22,6 +22,11 @@ class Allocator {
 // The default allocator for host memory; lives as long as the program.
 Allocator& cpu_allocator();
 
+// The default allocator of a GPU: a pool of its own, ordered by streams, that keeps what is freed
+// for the next one. Lives as long as the program. Throws Error(unsupported) for a device that is
+// not there.
+Allocator& cuda_allocator(int index);
+
 // A block of memory that frees itself. Views of it are valid as long as it lives; its allocator
 // must outlive it.
 class Buffer {

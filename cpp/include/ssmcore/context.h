@@ -10,6 +10,9 @@
 namespace ssmcore {
 
 class ThreadPool;
+namespace cuda {
+class DeviceState;
+}
 
 // CPU instruction sets for which the kernels are compiled, in ascending order.
 enum class Isa { baseline, avx2, avx512, avx512_bf16 };
@@ -24,6 +27,9 @@ struct ContextOptions {
   int num_threads = 0;
   // Memory for buffers that ssmcore makes for the caller. Null: the device's default.
   Allocator* allocator = nullptr;
+  // Results of a row whose bits do not depend on the batch it is in, for some speed on a GPU. On
+  // the CPU they never do.
+  bool batch_invariant = false;
 };
 
 // Device properties, thread pool and allocator for one device. Made once and held by the caller;
@@ -41,6 +47,15 @@ class Context {
   Isa isa() const { return isa_; }
   Allocator& allocator() const { return *allocator_; }
   ThreadPool& thread_pool() const { return *thread_pool_; }
+  bool batch_invariant() const { return batch_invariant_; }
+  // What the CUDA kernels need to know of their device; not there on the CPU.
+  cuda::DeviceState& cuda() const { return *cuda_; }
+
+  // Waits for what was launched on `stream`, a device stream. Throws Error(device_error) where the
+  // device failed, and Error(invalid_argument) where a kernel met an index that is out of range:
+  // on a GPU nobody can look at indices before. (The next call on the context throws that too.)
+  void synchronize(void* stream = nullptr) const;
+
   int num_threads() const;
   // Not between asking for the size of a workspace and the call that uses it. Throws
   // Error(invalid_argument) for n < 1.
@@ -50,8 +65,13 @@ class Context {
   Device device_;
   Isa isa_;
   Allocator* allocator_;
+  bool batch_invariant_;
   std::unique_ptr<ThreadPool> thread_pool_;
+  std::shared_ptr<cuda::DeviceState> cuda_;
 };
+
+// CUDA devices that this build and machine can use; 0 where there is no driver.
+int cuda_device_count();
 
 // Everything a call needs besides its tensors. Operators allocate nothing: the caller provides
 // `workspace`, at least as large as the operator's *_workspace_size says, aligned to 64 bytes.

@@ -1,0 +1,28 @@
+// The CUDA backend as the rest of the library sees it: cuda/, or no_cuda.cpp in a build without it.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+
+#include "ssmcore/buffer.h"
+
+namespace ssmcore::cuda {
+
+// What a context of a GPU holds: properties, kernels' reports, plans of matrix products.
+class DeviceState;
+
+// Throws Error(unsupported) for a device that is not there or that this build has no kernels for.
+std::shared_ptr<DeviceState> make_device_state(int index);
+
+int device_count();
+
+Allocator& default_allocator(int index);
+
+// Waits for `stream` and throws what the device or a kernel had to report.
+void synchronize(DeviceState& device, void* stream);
+
+// Between any two of host and device, in the order of `stream`. From and to pageable host memory
+// it returns when the copy is done.
+void copy_bytes(DeviceState& device, void* to, const void* from, size_t bytes, void* stream);
+
+}  // namespace ssmcore::cuda

@@ -1,0 +1,74 @@
+// Device memory: one stream-ordered pool a device, which keeps what is freed.
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "device_state.h"
+#include "launch.h"
+#include "ssmcore/error.h"
+
+namespace ssmcore::cuda {
+namespace {
+
+class PoolAllocator final : public Allocator {
+ public:
+  explicit PoolAllocator(int index) : index_(index) {
+    cudaMemPoolProps properties{};
+    properties.allocType = cudaMemAllocationTypePinned;
+    properties.location.type = cudaMemLocationTypeDevice;
+    properties.location.id = index;
+    check(cudaMemPoolCreate(&pool_, &properties), "allocator");
+    uint64_t keep = UINT64_MAX;
+    check(cudaMemPoolSetAttribute(pool_, cudaMemPoolAttrReleaseThreshold, &keep), "allocator");
+  }
+
+  Device device() const override { return {DeviceType::cuda, index_}; }
+
+  void* allocate(size_t bytes, void* stream) override {
+    const DeviceGuard guard(index_);
+    void* data = nullptr;
+    const cudaError_t status =
+        cudaMallocFromPoolAsync(&data, bytes, pool_, static_cast<cudaStream_t>(stream));
+    if (status == cudaErrorMemoryAllocation) {
+      cudaGetLastError();
+      return nullptr;
+    }
+    check(status, "allocator");
+    return data;
+  }
+
+  void deallocate(void* data, size_t, void* stream) noexcept override {
+    cudaFreeAsync(data, static_cast<cudaStream_t>(stream));
+  }
+
+ private:
+  int index_;
+  cudaMemPool_t pool_;
+};
+
+}  // namespace
+
+Allocator& default_allocator(int index) {
+  // Never destroyed: buffers may outlive whatever else the program tears down.
+  static std::mutex& mutex = *new std::mutex;
+  static auto& allocators = *new std::vector<std::unique_ptr<PoolAllocator>>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const int devices = device_count();
+  if (index < 0 || index >= devices)
+    throw Error(ErrorCode::unsupported, "device cuda:" + std::to_string(index) +
+                                            ": this machine has " + std::to_string(devices) +
+                                            " usable CUDA devices");
+  if (allocators.size() <= static_cast<size_t>(index)) allocators.resize(index + 1);
+  auto& allocator = allocators[static_cast<size_t>(index)];
+  if (!allocator) {
+    const DeviceGuard guard(index);
+    allocator = std::make_unique<PoolAllocator>(index);
+  }
+  return *allocator;
+}
+
+}  // namespace ssmcore::cuda
