@@ -52,6 +52,7 @@ CausalConv1dFwdParams lower(const CausalConv1dFwdArgs& args, const Context& cont
     if (args.final_state)
       check.output(args.final_state, names.final_state, {slots, dim, state_len}, {dtype});
     check.state_indices(args.state_indices, rows.size, slots.size);
+    params.slots = slots.size;
     params.state_len = state_len.size;
   } else {
     check.state_indices(args.state_indices, rows.size, rows.size);

@@ -10,6 +10,7 @@ struct CausalConv1dFwdParams {
   DType dtype, weight_dtype, bias_dtype;
   int64_t rows;  // sequences, packed or not
   int64_t dim, seqlen, width, state_len;
+  int64_t slots;  // that the states have room for
   Activation activation;
 
   Strided<3> x, out;                      // (batch, dim, seqlen)

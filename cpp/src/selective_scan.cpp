@@ -56,9 +56,12 @@ int64_t check_coefficients(const Checks& check, const TensorView& tensor, const 
   return ngroups.size;
 }
 
+// On a GPU what packed sequences take cannot be seen: the kernel fills what there is.
 int64_t count_chunks(const SelectiveScanFwdArgs& args, int64_t rows, int64_t seqlen) {
   const auto chunks = [&](int64_t length) { return ceil_div(length, args.chunk_size); };
   if (!args.cu_seqlens) return chunks(seqlen);
+  if (args.cu_seqlens.device.type != DeviceType::cpu && args.chunk_states.rank > 1)
+    return args.chunk_states.shape[1];
   int64_t sum = 0;
   const int32_t* cu_seqlens = args.cu_seqlens.as<const int32_t>();
   const int64_t stride = args.cu_seqlens.strides[0];
@@ -168,6 +171,10 @@ SelectiveScanFwdParams make_scan_params(const SelectiveScanFwdArgs& heads, int64
   params.seqlen = heads.u.shape[3];
   params.dstate = heads.A.shape[2];
   params.ngroups = ngroups;
+  params.slots = heads.initial_state ? heads.initial_state.shape[0]
+                 : heads.last_state  ? heads.last_state.shape[0]
+                                     : 0;
+  params.chunks = heads.chunk_states ? heads.chunk_states.shape[1] : 0;
   params.chunk_size = heads.chunk_size;
   params.delta_softplus = heads.delta_softplus;
   params.u = Strided<4>(heads.u);
