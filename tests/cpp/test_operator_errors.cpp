@@ -151,8 +151,3 @@ TEST_CASE("every operator names itself and the first tensor it misses") {
   check_named("embedding: token_ids is missing", [&] { embedding({}, exec); });
   check_named("sample: logits is missing", [&] { sample({}, exec); });
 }
-
-TEST_CASE("a build without CUDA says so") {
-  check_error(ErrorCode::unsupported, "built without CUDA",
-              [] { Context(Device{DeviceType::cuda, 0}); });
-}
