@@ -65,7 +65,7 @@ def load(
         raise InvalidArgumentError(f'load: device should be "auto" or "cpu", got {device!r}')
     if device == "cuda":
         raise BackendError(
-            'load: device is "cuda", but models have no CUDA path yet; the operators in ssmcore.ops do'
+            'load: device is "cuda", but models have no CUDA path yet; only ssmcore.ops has'
         )
     if dtype not in _DTYPES:
         known = ", ".join(f'"{name}"' for name in _DTYPES)

@@ -52,7 +52,7 @@ TEST_CASE("on the CPU, streams and synchronisation are nothing") {
   float from[3] = {1, 2, 3}, to[3] = {};
   copy(TensorView(from, DType::float32, {3}), TensorView(to, DType::float32, {3}), Exec{context});
   CHECK(to[2] == 3);
-  check_error(ErrorCode::invalid_argument, "source is float32 (3), target is float32 (2)", [&] {
+  check_error(ErrorCode::invalid_argument, "source is float32 (3,), target is float32 (2,)", [&] {
     copy(TensorView(from, DType::float32, {3}), TensorView(to, DType::float32, {2}), Exec{context});
   });
   check_error(ErrorCode::invalid_argument, "target is on cuda:0, expected cpu", [&] {
