@@ -27,9 +27,9 @@ constexpr int64_t kBlockRows = 64;
 constexpr int64_t kPanel = 96;
 // Outputs of one task when the rows are few: the weight then streams from memory.
 constexpr int64_t kFewRowsPanel = 48;
-// The hardware hardly prefetches across the interleaved rows of a group: asking for the group after
-// the next one nearly doubles the rate at which bfloat16 weights stream from memory.
-constexpr int64_t kPrefetchedGroups = 2;
+// The hardware does not recognise the interleaved rows of a group as a stream. Asking for their
+// memory in order of address, this far ahead, doubles the rate at which one thread reads them.
+constexpr int64_t kPrefetchBytes = 12288;
 
 template <typename Product>
 int64_t padded(int64_t n) {
@@ -56,11 +56,13 @@ SSMCORE_INLINE void dot_products(const Panel<typename Product::W>& panel, int64_
   constexpr int kRegisters = Product::kRegisters;
   const int64_t x_row_stride = padded<Product>(panel.k);
   Vec sum[kRows][kOutputs] = {};
+  const W* ahead = panel.row(begin) + panel.prefetch_distance;
   const auto accumulate = [&](const W* weights, int64_t stride, const X* xs) {
     typename Product::Register w[kOutputs][kRegisters];
     for (int o = 0; o < kOutputs; ++o) {
       Product::read(weights + o * stride, w[o]);
-      __builtin_prefetch(weights + o * stride + panel.prefetch_distance);
+      __builtin_prefetch(ahead);
+      ahead += Product::kStep;
     }
     for (int v = 0; v < kRegisters; ++v)
       for (int r = 0; r < kRows; ++r) {
@@ -137,7 +139,7 @@ void linear_with(const LinearParams& p, const Exec& exec) {
 
   const int64_t panel_outputs = few_rows ? kFewRowsPanel : kPanel;
   const int64_t prefetch_distance =
-      few_rows ? kPrefetchedGroups * kMaxOutputs * p.weight_row_stride : 0;
+      few_rows ? kPrefetchBytes / static_cast<int64_t>(sizeof(W)) : 0;
   const int64_t panels = (p.out_features + panel_outputs - 1) / panel_outputs;
   const int64_t blocks = (p.rows + kBlockRows - 1) / kBlockRows;
   pool.parallel_for(panels * blocks, workers, [&](int64_t task, int) {
