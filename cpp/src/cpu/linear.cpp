@@ -30,8 +30,8 @@ constexpr int64_t kPanelsPerWorker = 4;
 // What reading a weight from memory costs beside its products, in multiply-adds.
 constexpr int64_t kWorkOfStreaming = 4;
 // The hardware does not recognise the interleaved rows of a group as a stream. Asking for their
-// memory in order of address, this far ahead, doubles the rate at which one thread reads them. It is
-// asked into the second-level cache: x needs the first.
+// memory in order of address, this far ahead, doubles the rate at which one thread reads them. It
+// is asked into the second-level cache: x needs the first.
 constexpr int64_t kPrefetchBytes = 12288;
 constexpr int kPrefetchLevel = 2;
 
@@ -152,8 +152,7 @@ void linear_with(const LinearParams& p, const Exec& exec) {
     const int64_t groups = ceil_div(p.out_features, kPanelsPerWorker * workers * kMaxOutputs);
     panel_outputs = min(kPanel, groups * kMaxOutputs);
   }
-  const int64_t prefetch_distance =
-      few_rows ? kPrefetchBytes / static_cast<int64_t>(sizeof(W)) : 0;
+  const int64_t prefetch_distance = few_rows ? kPrefetchBytes / static_cast<int64_t>(sizeof(W)) : 0;
   const int64_t panels = (p.out_features + panel_outputs - 1) / panel_outputs;
   const int64_t blocks = (p.rows + kBlockRows - 1) / kBlockRows;
   pool.parallel_for(panels * blocks, workers, [&](int64_t task, int) {

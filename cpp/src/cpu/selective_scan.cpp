@@ -74,7 +74,8 @@ class Scan {
     z = plane_of(p.z, p.dtype, row.batch, task.head);
     out = plane_of(p.out, p.dtype, row.batch, task.head);
     A = plane_of(p.A, state_dtype(), task.head);
-    if (row.slot >= 0) initial_state = plane_of(p.initial_state, state_dtype(), row.slot, task.head);
+    if (row.slot >= 0)
+      initial_state = plane_of(p.initial_state, state_dtype(), row.slot, task.head);
   }
 
   // Asks for the memory that run() begins with.
@@ -266,7 +267,9 @@ size_t selective_scan_fwd_workspace_size(const SelectiveScanFwdParams& p, const 
 void selective_scan_fwd(const SelectiveScanFwdParams& p, const Exec& exec) {
   if (p.dtype == DType::float64) return selective_scan_fwd_float64(p, exec);
   const int64_t tiles = (p.headdim + kLanes - 1) / kLanes;
-  // Wider tasks stage B and C less often; enough tasks keep the threads evenly busy.
+  // Wider tasks stage B and C less often; enough tasks keep the threads evenly busy, down to one
+  // tile each. There is no split over L: every piece would be scanned twice, and its rounding would
+  // make the result depend on the number of threads.
   const int64_t heads = p.rows * p.nheads;
   const int64_t tiles_wanted = heads * tiles / (4 * exec.context.num_threads());
   const int64_t task_dim = min(kMaxTiles, max(1, tiles_wanted)) * kLanes;
