@@ -4,13 +4,14 @@
 #include <cmath>
 
 #include "../cpp/src/sample_params.h"
+#include "device/block_totals.cuh"
 #include "device/philox.cuh"
 #include "launch.h"
 
 namespace ssmcore::cuda {
 namespace {
 
-constexpr int kWarps = 32, kThreads = 32 * kWarps;
+constexpr int kWarps = BlockTotals::kWarps, kThreads = 32 * kWarps;
 constexpr int kQuad = 4;  // neighbouring ids that a thread takes at a time
 constexpr unsigned kAllIds = ~0u;
 
@@ -29,63 +30,6 @@ __device__ T value_or(const Strided<1>& setting, int64_t row, T absent) {
                                  : absent;
 }
 
-__device__ double warp_sum(double value) {
-  for (int lanes = 16; lanes > 0; lanes >>= 1) value += __shfl_xor_sync(~0u, value, lanes);
-  return value;
-}
-
-// Results that all threads of a block get. Two sets of slots, used in turn, so that one barrier a
-// result is enough.
-class BlockTotals {
- public:
-  struct Total {
-    unsigned count;
-    double sum;
-  };
-
-  __device__ explicit BlockTotals(double* memory)
-      : sums_(memory), counts_(reinterpret_cast<unsigned*>(memory + 2 * kWarps)) {}
-  static constexpr int kDoubles = 3 * kWarps;  // of its memory
-
-  __device__ unsigned count(unsigned mine) {
-    swap();
-    const unsigned of_warp = __reduce_add_sync(~0u, mine);
-    if (lane() == 0) counts_[set_ + warp()] = of_warp;
-    __syncthreads();
-    return __reduce_add_sync(~0u, counts_[set_ + lane()]);
-  }
-  __device__ unsigned largest(unsigned mine) {
-    swap();
-    const unsigned of_warp = __reduce_max_sync(~0u, mine);
-    if (lane() == 0) counts_[set_ + warp()] = of_warp;
-    __syncthreads();
-    return __reduce_max_sync(~0u, counts_[set_ + lane()]);
-  }
-  __device__ unsigned smallest(unsigned mine) { return ~largest(~mine); }
-  __device__ Total total(unsigned count, double sum) {
-    swap();
-    const unsigned count_of_warp = __reduce_add_sync(~0u, count);
-    const double sum_of_warp = warp_sum(sum);
-    if (lane() == 0) {
-      counts_[set_ + warp()] = count_of_warp;
-      sums_[set_ + warp()] = sum_of_warp;
-    }
-    __syncthreads();
-    return {__reduce_add_sync(~0u, counts_[set_ + lane()]), warp_sum(sums_[set_ + lane()])};
-  }
-  // Sums of all warps, in their order, after total().
-  __device__ const double* sums_of_warps() const { return sums_ + set_; }
-
- private:
-  __device__ static int lane() { return static_cast<int>(threadIdx.x) % 32; }
-  __device__ static int warp() { return static_cast<int>(threadIdx.x) / 32; }
-  __device__ void swap() { set_ = kWarps - set_; }
-
-  double* sums_;
-  unsigned* counts_;
-  int set_ = 0;
-};
-
 // What a filter keeps: values above `value`, and of those equal to it the ones of ids up to `id`.
 struct Cut {
   float value = -INFINITY;
@@ -94,24 +38,60 @@ struct Cut {
   __device__ bool keeps(float v, unsigned i) const { return v > value || (v == value && i <= id); }
 };
 
+// The values that a filter has yet to decide about, once they are few: one a thread.
+struct Undecided {
+  unsigned count;
+  unsigned ids[kThreads];
+};
+
+struct Memory {  // shared
+  BlockTotals::Memory totals;
+  Undecided undecided;
+};
+
 // One row's logits after the penalty, then its weights: probabilities over the largest one. Each
 // warp has a run of ids. Beyond vocab_size, up to a multiple of 4, are values nothing keeps.
 class Row {
  public:
-  __device__ Row(float* values, unsigned size, BlockTotals& totals)
-      : values(values), size(size), totals(totals) {
+  __device__ Row(float* values, unsigned size, Memory& memory)
+      : values(values), size(size), totals(memory.totals), undecided(memory.undecided) {
     per_warp = (size + 128 * kWarps - 1) / (128 * kWarps) * 128;
     begin = threadIdx.x / 32 * per_warp + threadIdx.x % 32 * kQuad;
     end = min(size, (threadIdx.x / 32 + 1) * per_warp);
   }
 
+  // Copies logits, -inf beyond them. Returns the largest, NaN if there is one.
+  __device__ float load(const float* from, int64_t stride, unsigned vocab_size) {
+    const bool in_quads = stride == 1 && reinterpret_cast<uintptr_t>(from) % 16 == 0;
+    float mine = -INFINITY;
+    bool has_nan = false;
+#pragma unroll 8
+    for (unsigned i = begin; i < end; i += 32 * kQuad) {
+      Vector<float, kQuad> quad;
+      if (in_quads && i + kQuad <= vocab_size) {
+        quad = load_vector<kQuad>(from + i);
+      } else {
+        for (int k = 0; k < kQuad; ++k)
+          quad.value[k] = i + k < vocab_size ? from[(i + k) * stride] : -INFINITY;
+      }
+      for (const float v : quad.value) {
+        has_nan |= v != v;
+        mine = fmaxf(mine, v);
+      }
+      store_vector(values + i, quad);
+    }
+    const unsigned key = totals.largest(has_nan ? kAllIds : key_of(mine));
+    return key == kAllIds ? NAN : value_of(key);
+  }
+
   // Calls body(values, id) for four values from `id` on.
   template <typename Body>
   __device__ void for_each_quad(const Body& body) const {
+#pragma unroll 4
     for (unsigned i = begin; i < end; i += 32 * kQuad) body(load_vector<kQuad>(values + i), i);
   }
 
-  __device__ float largest() const {
+  __device__ float largest() {
     float mine = -INFINITY;
     for_each_quad([&](const auto& quad, unsigned) {
       for (const float v : quad.value) mine = fmaxf(mine, v);
@@ -119,7 +99,7 @@ class Row {
     return value_of(totals.largest(key_of(mine)));
   }
 
-  __device__ unsigned first_equal(float value) const {
+  __device__ unsigned first_equal(float value) {
     unsigned first = kAllIds;
     for_each_quad([&](const auto& quad, unsigned i) {
       for (int k = 0; k < kQuad; ++k)
@@ -128,47 +108,44 @@ class Row {
     return totals.smallest(first);
   }
 
-  // How many values `keeps` takes; kWeighted: also their sum.
-  template <bool kWeighted, typename Keeps>
-  __device__ BlockTotals::Total measure(const Keeps& keeps) const {
-    unsigned count = 0;
-    float sum = 0;
-    for_each_quad([&](const auto& quad, unsigned i) {
-      float of_quad[kQuad];
-      for (int k = 0; k < kQuad; ++k) {
-        const bool kept = keeps(quad.value[k], i + k);
-        count += kept;
-        of_quad[k] = kept ? quad.value[k] : 0;
-      }
-      if (kWeighted) sum += (of_quad[0] + of_quad[1]) + (of_quad[2] + of_quad[3]);
-    });
-    if constexpr (kWeighted) return totals.total(count, sum);
-    return {totals.count(count), 0};
-  }
-
   // The cut that keeps the fewest of the largest values, lower ids first among equals, whose number
   // (kWeighted: sum) is at least `target`. All values are in [lowest, largest], and are enough.
   template <bool kWeighted>
-  __device__ Cut cut(double target, float lowest, float largest) const {
-    const auto enough = [&](const BlockTotals::Total& total) {
+  __device__ Cut cut(double target, float lowest, float largest) {
+    const auto enough = [&](const Total& total) {
       return (kWeighted ? total.sum : total.count) >= target;
     };
     // Values from `low` on are enough, those from `high` on are not.
-    unsigned low = key_of(lowest), high = key_of(largest) + 1, low_count = size, high_count = 0;
-    while (high - low > 1 && low_count - high_count > 1 && (kWeighted || low_count > target)) {
-      const unsigned middle = low + (high - low) / 2;
+    unsigned low = key_of(lowest), high = key_of(largest) + 1;
+    Total at_low{size, 0}, at_high{0, 0};
+    // Once few values lie between, those above are known, and each thread has one to decide about.
+    bool few = false;
+    Total above{};
+    const auto measure = [&](const auto& keeps) {
+      return few ? measure_undecided<kWeighted>(above, keeps) : measure_all<kWeighted>(keeps);
+    };
+    unsigned stride = 1u << 22;  // half an octave: what is looked for is near the largest
+    while (high - low > 1 && at_low.count - at_high.count > 1 &&
+           (kWeighted || at_low.count > target)) {
+      if (!few && at_low.count - at_high.count <= kThreads) {
+        find_undecided(value_of(low), value_of(high));
+        few = true;
+        above = at_high;
+      }
+      const unsigned middle = high - min(stride, (high - low) / 2);
       const float pivot = value_of(middle);
-      const auto total = measure<kWeighted>([&](float v, unsigned) { return v >= pivot; });
+      const Total total = measure([&](float v, unsigned) { return v >= pivot; });
       (enough(total) ? low : high) = middle;
-      (enough(total) ? low_count : high_count) = total.count;
+      (enough(total) ? at_low : at_high) = total;
+      stride = enough(total) || stride >> 31 ? ~0u : 2 * stride;
     }
     Cut cut{value_of(low), kAllIds};
-    if (low_count - high_count <= 1 || (!kWeighted && low_count <= target)) return cut;
+    if (at_low.count - at_high.count <= 1 || (!kWeighted && at_low.count <= target)) return cut;
     // Some of several equal values. Ids up to `last` are enough, those up to `first` are not.
     int64_t first = -1, last = size - 1;
     while (last - first > 1) {
       cut.id = static_cast<unsigned>((first + last) / 2);
-      const auto total = measure<kWeighted>([&](float v, unsigned i) { return cut.keeps(v, i); });
+      const Total total = measure([&](float v, unsigned i) { return cut.keeps(v, i); });
       (enough(total) ? last : first) = cut.id;
     }
     cut.id = static_cast<unsigned>(last);
@@ -189,26 +166,24 @@ class Row {
 
   // The inverse of the cumulative distribution, of which `left` has to be used up: which warp's ids
   // first, from the sums that replace() left, then which id.
-  __device__ unsigned draw(double left) const {
-    const double* sums = totals.sums_of_warps();
-    unsigned warp = kWarps, last_warp = 0;
-    for (unsigned w = 0; w < kWarps && warp == kWarps; ++w) {
-      if (left < sums[w])
-        warp = w;
-      else
-        left -= sums[w];
-      if (sums[w] > 0) last_warp = w;
-    }
-    if (warp == kWarps) {  // rounding used up the sum: the last id that can be drawn at all
-      warp = last_warp;
+  __device__ unsigned draw(double left) {
+    const double up_to_warp = warp_scan(totals.sum_of_warp());
+    unsigned warps = __ballot_sync(~0u, left < up_to_warp);
+    if (warps != 0) {
+      const int warp = __ffs(warps) - 1;
+      if (warp > 0) left -= __shfl_sync(~0u, up_to_warp, warp - 1);
+      warps = 1u << warp;
+    } else {  // rounding used up the sum: the last id that can be drawn at all
+      warps = __ballot_sync(~0u, totals.sum_of_warp() > 0);
       left = INFINITY;
     }
-    const unsigned from = warp * per_warp, per_thread = (per_warp + kThreads - 1) / kThreads;
+    const unsigned from = (31 - __clz(warps)) * per_warp;
+    const unsigned per_thread = (per_warp + kThreads - 1) / kThreads;
     const unsigned first = min(size, from + threadIdx.x * per_thread);
     const unsigned last = min(min(size, from + per_warp), first + per_thread);
     float sum = 0;
     for (unsigned i = first; i < last; ++i) sum += values[i];
-    left -= sum_before(sum);
+    left -= totals.sum_before(sum);
     unsigned drawn = kAllIds, last_positive = 0;
     for (unsigned i = first; i < last; ++i) {
       if (values[i] <= 0) continue;
@@ -222,24 +197,52 @@ class Row {
   }
 
  private:
-  // The sum over all threads before this one.
-  __device__ double sum_before(double mine) const {
-    const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    double up_to = mine;
-    for (unsigned lanes = 1; lanes < 32; lanes *= 2) {
-      const double other = __shfl_up_sync(~0u, up_to, lanes);
-      if (lane >= lanes) up_to += other;
-    }
-    totals.total(0, mine);
-    double before = 0;
-    for (unsigned w = 0; w < warp; ++w) before += totals.sums_of_warps()[w];
-    const double of_lanes = __shfl_up_sync(~0u, up_to, 1);
-    return before + (lane > 0 ? of_lanes : 0);
+  // How many values `keeps` takes; kWeighted: also their sum.
+  template <bool kWeighted, typename Keeps>
+  __device__ Total measure_all(const Keeps& keeps) {
+    unsigned count = 0;
+    float sum = 0;
+    for_each_quad([&](const auto& quad, unsigned i) {
+      float of_quad[kQuad];
+      for (int k = 0; k < kQuad; ++k) {
+        const bool kept = keeps(quad.value[k], i + k);
+        count += kept;
+        of_quad[k] = kept ? quad.value[k] : 0;
+      }
+      if (kWeighted) sum += (of_quad[0] + of_quad[1]) + (of_quad[2] + of_quad[3]);
+    });
+    if constexpr (kWeighted) return totals.total(count, sum);
+    return {totals.count(count), 0};
+  }
+
+  // The same where those `above` are kept, and others than the undecided ones are not.
+  template <bool kWeighted, typename Keeps>
+  __device__ Total measure_undecided(const Total& above, const Keeps& keeps) {
+    const unsigned id = undecided.ids[threadIdx.x];
+    const bool kept = threadIdx.x < undecided.count && keeps(values[id], id);
+    if constexpr (!kWeighted) return {above.count + totals.count(kept), 0};
+    // They come in any order: of multiples of 2^-42 the sum is exact, and the same in each.
+    const Total total = totals.total(kept, kept ? rint(values[id] * 0x1p42) * 0x1p-42 : 0);
+    return {above.count + total.count, above.sum + total.sum};
+  }
+
+  // Lists the values from `low` to below `high`, of which there are no more than threads.
+  __device__ void find_undecided(float low, float high) {
+    if (threadIdx.x == 0) undecided.count = 0;
+    undecided.ids[threadIdx.x] = 0;
+    __syncthreads();
+    for_each_quad([&](const auto& quad, unsigned i) {
+      for (int k = 0; k < kQuad; ++k)
+        if (quad.value[k] >= low && quad.value[k] < high)
+          undecided.ids[atomicAdd(&undecided.count, 1u)] = i + k;
+    });
+    __syncthreads();
   }
 
   float* values;
   const unsigned size;
-  BlockTotals& totals;
+  BlockTotals totals;
+  Undecided& undecided;
   unsigned per_warp, begin, end;  // this thread's first quad, and where its warp's ids end
 };
 
@@ -261,24 +264,6 @@ struct Settings {
   }
 };
 
-// Copies a row's logits; beyond them come values that nothing keeps. Returns the largest, NaN if
-// there is one.
-__device__ float load_logits(const SampleParams& p, const float* from, unsigned size, float* values,
-                             BlockTotals& totals) {
-  const int64_t stride = p.logits.stride[1];
-  float largest = -INFINITY;
-  bool has_nan = false;
-#pragma unroll 8
-  for (unsigned i = threadIdx.x; i < size; i += kThreads) {
-    const float v = i < p.vocab_size ? from[i * stride] : -INFINITY;
-    has_nan |= v != v;
-    largest = fmaxf(largest, v);
-    values[i] = v;
-  }
-  const unsigned key = totals.largest(has_nan ? kAllIds : key_of(largest));
-  return key == kAllIds ? NAN : value_of(key);
-}
-
 // Each id is penalised once however often it occurs: always from the stored logit.
 __device__ void apply_repetition_penalty(const SampleParams& p, int64_t row, const float* stored,
                                          float penalty, float* values, uint32_t* faults) {
@@ -295,16 +280,16 @@ __device__ void apply_repetition_penalty(const SampleParams& p, int64_t row, con
 }
 
 __device__ unsigned sample_row(const SampleParams& p, int64_t b, unsigned size, float* values,
-                               BlockTotals& totals, uint32_t* faults) {
+                               Memory& memory, uint32_t* faults) {
   const Settings settings(p, b);
   const float* stored = static_cast<const float*>(p.logits.data) + b * p.logits.stride[0];
-  float largest = load_logits(p, stored, size, values, totals);
+  Row row(values, size, memory);
+  float largest = row.load(stored, p.logits.stride[1], static_cast<unsigned>(p.vocab_size));
   if (!settings.valid() || !isfinite(largest)) {
     if (threadIdx.x == 0)
       report(faults, settings.valid() ? Fault::sample_logits : Fault::sample_setting);
     return 0;
   }
-  Row row(values, size, totals);
   if (settings.repetition_penalty != 1) {
     apply_repetition_penalty(p, b, stored, settings.repetition_penalty, values, faults);
     __syncthreads();
@@ -336,13 +321,12 @@ __device__ unsigned sample_row(const SampleParams& p, int64_t b, unsigned size, 
 template <bool kShared>
 __global__ void __launch_bounds__(kThreads)
     sample_kernel(SampleParams p, unsigned size, float* workspace, uint32_t* faults) {
-  extern __shared__ float4 memory[];
-  __shared__ double totals_memory[BlockTotals::kDoubles];
-  float* values = kShared ? reinterpret_cast<float*>(memory)
+  extern __shared__ float4 shared_values[];
+  __shared__ Memory memory;
+  float* values = kShared ? reinterpret_cast<float*>(shared_values)
                           : workspace + static_cast<int64_t>(blockIdx.x) * size;
-  BlockTotals totals(totals_memory);
   for (int64_t b = blockIdx.x; b < p.batch; b += gridDim.x) {
-    const unsigned id = sample_row(p, b, size, values, totals, faults);
+    const unsigned id = sample_row(p, b, size, values, memory, faults);
     if (threadIdx.x == 0) {
       const int64_t at = b * p.out.stride[0];
       if (p.out_dtype == DType::int32)
@@ -350,6 +334,7 @@ __global__ void __launch_bounds__(kThreads)
       else
         static_cast<int64_t*>(p.out.data)[at] = id;
     }
+    __syncthreads();  // before the next row overwrites the memory
   }
 }
 
@@ -358,8 +343,7 @@ size_t row_bytes(const SampleParams& p) {
 }
 
 bool fits_shared_memory(const SampleParams& p, const Context& context) {
-  return row_bytes(p) + sizeof(double) * BlockTotals::kDoubles <=
-         context.cuda().shared_memory_per_block();
+  return row_bytes(p) + sizeof(Memory) <= context.cuda().shared_memory_per_block();
 }
 
 unsigned blocks_of(const SampleParams& p, const Context& context) {

@@ -13,6 +13,7 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kMaxBlockL = 32;
+constexpr int kSteps = 4;  // taken together, so that their latencies overlap
 
 // How blocks and lanes are laid out. All but `tiles` are powers of two.
 struct Shape {
@@ -29,22 +30,27 @@ __device__ const T* const_data(const void* data) {
 }
 
 // Shared memory, in floats. Rows of delta and delta_u are of one step, padded against bank
-// conflicts; rows of B and C keep 16-byte alignment.
+// conflicts; rows of varying B and C keep 16-byte alignment.
 struct Staging {
   int stride_d, stride_n;
-  float *B, *C;            // (block_l, states of all lanes, parts)
+  float *B, *C;            // varying: (block_l, states of all lanes, parts); constant: (…, threads)
   float *delta, *delta_u;  // (block_l, block_d); y replaces delta_u
 
-  __host__ __device__ Staging(float* memory, const Shape& shape, int states, int parts)
-      : stride_d(shape.block_d + 1), stride_n(states * parts + 4) {
+  __host__ __device__ Staging(float* memory, const Shape& shape, int numbers)
+      : stride_d(shape.block_d + 1), stride_n(shape.lanes * numbers + 4) {
     B = memory;
-    C = B + shape.block_l * stride_n;
-    delta = C + shape.block_l * stride_n;
+    C = B + coefficients(shape, numbers);
+    delta = C + coefficients(shape, numbers);
     delta_u = delta + shape.block_l * stride_d;
   }
-  __host__ __device__ static size_t bytes(const Shape& shape, int states, int parts) {
-    return sizeof(float) * 2 * static_cast<size_t>(shape.block_l) *
-           (states * parts + 4 + shape.block_d + 1);
+  // `numbers`: of a thread's states.
+  __host__ __device__ static int coefficients(const Shape& shape, int numbers) {
+    const int varying = shape.block_l * (shape.lanes * numbers + 4), constant = kThreads * numbers;
+    return varying > constant ? varying : constant;
+  }
+  static size_t bytes(const Shape& shape, int numbers) {
+    return sizeof(float) * 2 *
+           static_cast<size_t>(coefficients(shape, numbers) + shape.block_l * (shape.block_d + 1));
   }
 };
 
@@ -64,16 +70,26 @@ __device__ Plane<T> plane_of(const Strided<4>& tensor, int64_t i, int64_t j) {
           tensor.stride[2], tensor.stride[3]};
 }
 
-// Calls body(i, t) for all i < width and t < steps, neighbouring threads on neighbouring memory.
-// `width` and `block_l` are powers of two.
-template <typename Body>
-__device__ void for_each_element(int width, int block_l, int steps, bool along_t,
-                                 const Body& body) {
+// For all i < width and t < steps: use(i, t, load(i, t)), neighbouring threads on neighbouring
+// memory, several loads in flight. `width` and `block_l` are powers of two, steps ≤ block_l.
+template <typename Load, typename Use>
+__device__ void for_each_element(int width, int block_l, int steps, bool along_t, const Load& load,
+                                 const Use& use) {
+  constexpr int kAtOnce = 4;
   const int inner = along_t ? block_l : width, shift = __ffs(inner) - 1;
-  for (int e = threadIdx.x; e < width * block_l; e += kThreads) {
-    const int low = e & (inner - 1), high = e >> shift;
-    const int i = along_t ? high : low, t = along_t ? low : high;
-    if (t < steps) body(i, t);
+  const int elements = along_t ? width * block_l : width * steps;
+  for (int first = threadIdx.x; first < elements; first += kAtOnce * kThreads) {
+    decltype(load(0, 0)) loaded[kAtOnce];
+    const auto for_each_of_these = [&](const auto& body) {
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int e = first + k * kThreads, low = e & (inner - 1), high = e >> shift;
+        const int i = along_t ? high : low, t = along_t ? low : high;
+        if (e < elements && t < steps) body(k, i, t);
+      }
+    };
+    for_each_of_these([&](int k, int i, int t) { loaded[k] = load(i, t); });
+    for_each_of_these([&](int k, int i, int t) { use(i, t, loaded[k]); });
   }
 }
 
@@ -81,7 +97,8 @@ __device__ void for_each_element(int width, int block_l, int steps, bool along_t
 template <typename T, bool kComplex, int kN>
 class Scan {
   using Value = State<kComplex>;
-  static constexpr int kParts = kComplex ? 2 : 1;
+  static constexpr int kParts = kComplex ? 2 : 1, kNumbers = kN * kParts;
+  static constexpr int kQuad = kNumbers < 4 ? kNumbers : 4;
 
  public:
   __device__ Scan(const SelectiveScanFwdParams& p, const Shape& shape, const Staging& s,
@@ -93,12 +110,11 @@ class Scan {
   }
 
   __device__ void run(int64_t chunk) {
-    load_states(p.A.data, p.A.stride[0] * head, p.A.stride[1], p.A.stride[2], A);
-    for (int n = 0; n < kN; ++n) A[n] = scaled_rate(A[n]);
-    load_states(p.constant_B.data, p.constant_B.stride[0] * head, p.constant_B.stride[1],
-                p.constant_B.stride[2], B);
-    load_states(p.constant_C.data, p.constant_C.stride[0] * head, p.constant_C.stride[1],
-                p.constant_C.stride[2], C);
+    load_states(p.A.data, p.A.stride[0] * head, p.A.stride[1], p.A.stride[2], h);
+#pragma unroll
+    for (int n = 0; n < kN; ++n) A[n] = rate_of(h[n]);
+    if (p.constant_B.data != nullptr) keep_constant(p.constant_B, s.B);
+    if (p.constant_C.data != nullptr) keep_constant(p.constant_C, s.C);
     const Strided<4>& initial = p.initial_state;
     load_states(row.slot < 0 ? nullptr : initial.data,
                 initial.stride[0] * row.slot + initial.stride[1] * head, initial.stride[2],
@@ -168,6 +184,8 @@ class Scan {
     }
   }
 
+  // Operands of the next steps, and zeros up to a multiple of kSteps, which leave states as they
+  // are.
   __device__ void stage(int64_t t, int steps) const {
     const int64_t group = head / (p.nheads / p.ngroups);
     if (p.B.data != nullptr)
@@ -177,19 +195,26 @@ class Scan {
 
     const Plane<const T> u = plane_of<const T>(p.u, row.batch, head);
     const Plane<const T> delta = plane_of<const T>(p.delta, row.batch, head);
-    for_each_element(shape.block_d, shape.block_l, steps, u.stride_t < u.stride_i,
-                     [&](int d, int i) {
-                       float dt = 0, x = 0;
-                       if (d < channels) {
-                         dt = to_float(delta.at(first_d + d, t + i));
-                         if (p.delta_bias.data != nullptr) dt += parameter(p.delta_bias, d);
-                         if (p.delta_softplus) dt = softplus(dt);
-                         x = dt * to_float(u.at(first_d + d, t + i));
-                       }
-                       s.delta[i * s.stride_d + d] = dt;
-                       s.delta_u[i * s.stride_d + d] = x;
-                     });
+    struct Inputs {
+      T delta, u;
+    };
+    for_each_element(
+        shape.block_d, shape.block_l, padded(steps), u.stride_t < u.stride_i,
+        [&](int d, int i) {
+          const bool there = d < channels && i < steps;
+          return there ? Inputs{delta.at(first_d + d, t + i), u.at(first_d + d, t + i)} : Inputs{};
+        },
+        [&](int d, int i, const Inputs& loaded) {
+          float dt = to_float(loaded.delta);
+          if (p.delta_bias.data != nullptr && d < channels) dt += parameter(p.delta_bias, d);
+          if (p.delta_softplus) dt = softplus(dt);
+          if (i >= steps) dt = 0;
+          s.delta[i * s.stride_d + d] = dt;
+          s.delta_u[i * s.stride_d + d] = dt * to_float(loaded.u);
+        });
   }
+
+  __device__ static int padded(int steps) { return (steps + kSteps - 1) / kSteps * kSteps; }
 
   // D or delta_bias of a channel of this block.
   __device__ float parameter(const Strided<2>& tensor, int d) const {
@@ -200,53 +225,83 @@ class Scan {
   // The states that no n < dstate stands for get zeros.
   __device__ void stage_coefficients(const Plane<const T>& from, int64_t t, int steps,
                                      float* to) const {
-    const int width = shape.lanes * kN * kParts;
-    for_each_element(width, shape.block_l, steps, from.stride_t < from.stride_i,
-                     [&](int i, int step) {
-                       const int n = i / kParts, part = i % kParts;
-                       to[step * s.stride_n + i] =
-                           n < p.dstate ? to_float(from.at(n, kParts * (t + step) + part)) : 0.0f;
-                     });
+    for_each_element(
+        shape.lanes * kNumbers, shape.block_l, padded(steps), from.stride_t < from.stride_i,
+        [&](int i, int step) {
+          const int n = i / kParts, part = i % kParts;
+          return n < p.dstate && step < steps ? from.at(n, kParts * (t + step) + part) : T{};
+        },
+        [&](int i, int step, T value) { to[step * s.stride_n + i] = to_float(value); });
+  }
+
+  // Constant B or C, a quad of numbers after the other, each thread for itself.
+  __device__ void keep_constant(const Strided<3>& tensor, float* to) const {
+    Value values[kN];
+    load_states(tensor.data, tensor.stride[0] * head, tensor.stride[1], tensor.stride[2], values);
+    const float* numbers = reinterpret_cast<const float*>(values);
+#pragma unroll
+    for (int i = 0; i < kNumbers; ++i)
+      to[(i / kQuad * kThreads + threadIdx.x) * kQuad + i % kQuad] = numbers[i];
+  }
+
+  // Where a thread finds its B or C: quad q of step i at data + i step + q quad.
+  struct Coefficients {
+    const float* data;
+    int step, quad;
+
+    __device__ void load(int i, Value (&to)[kN]) const {
+      float numbers[kNumbers];
+#pragma unroll
+      for (int q = 0; q < kNumbers / kQuad; ++q) {
+        const auto loaded = load_vector<kQuad>(data + i * step + q * quad);
+#pragma unroll
+        for (int k = 0; k < kQuad; ++k) numbers[q * kQuad + k] = loaded.value[k];
+      }
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        if constexpr (kComplex)
+          to[n] = {numbers[2 * n], numbers[2 * n + 1]};
+        else
+          to[n] = numbers[n];
+      }
+    }
+  };
+  __device__ Coefficients coefficients(const float* staged, bool varying) const {
+    if (varying) return {staged + first_n * kParts, s.stride_n, kQuad};
+    return {staged + threadIdx.x * kQuad, 0, kThreads * kQuad};
   }
 
   __device__ void advance_states(int steps) {
-    const bool varying_B = p.B.data != nullptr, varying_C = p.C.data != nullptr;
-    for (int i = 0; i < steps; ++i) {
-      const float dt = s.delta[i * s.stride_d + channel], x = s.delta_u[i * s.stride_d + channel];
-      if (varying_B) load_staged(s.B + i * s.stride_n, B);
-      if (varying_C) load_staged(s.C + i * s.stride_n, C);
-      float y = 0;
+    const Coefficients all_B = coefficients(s.B, p.B.data != nullptr);
+    const Coefficients all_C = coefficients(s.C, p.C.data != nullptr);
+    for (int i = 0; i < steps; i += kSteps) {
+      float y[kSteps] = {}, sum = 0;
 #pragma unroll
-      for (int n = 0; n < kN; ++n) {
-        h[n] = advance(decay(dt, A[n]), h[n], x, B[n]);
-        y += real_product(C[n], h[n]);
+      for (int k = 0; k < kSteps; ++k) {
+        const int at = (i + k) * s.stride_d + channel;
+        const float dt = s.delta[at], x = s.delta_u[at];
+        Value B[kN], C[kN];
+        all_B.load(i + k, B);
+        all_C.load(i + k, C);
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {
+          h[n] = advance(decay(dt, A[n]), h[n], x, B[n]);
+          y[k] += real_product(C[n], h[n]);
+        }
+        sum += dt;
       }
       for (int lanes = shape.lanes >> 1; lanes > 0; lanes >>= 1)
-        y += __shfl_xor_sync(~0u, y, lanes);
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) y[k] += __shfl_xor_sync(~0u, y[k], lanes);
       if (first_n == 0) {
-        s.delta_u[i * s.stride_d + channel] = kParts * y;  // complex: 2 Re Σ C h
-        // Kahan's summation: a million steps lose no more than one.
-        const float added = dt - delta_sum_lost, after = delta_sum + added;
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k)
+          s.delta_u[(i + k) * s.stride_d + channel] = kParts * y[k];  // complex: 2 Re Σ C h
+        // Kahan's summation: a million steps lose no more than a few.
+        const float added = sum - delta_sum_lost, after = delta_sum + added;
         delta_sum_lost = (after - delta_sum) - added;
         delta_sum = after;
       }
-    }
-  }
-
-  __device__ void load_staged(const float* row_of_step, Value (&to)[kN]) const {
-    constexpr int kFloats = kN * kParts, kAtOnce = kFloats < 4 ? kFloats : 4;
-    float values[kFloats];
-#pragma unroll
-    for (int i = 0; i < kFloats; i += kAtOnce) {
-      const auto part = load_vector<kAtOnce>(row_of_step + first_n * kParts + i);
-      for (int k = 0; k < kAtOnce; ++k) values[i + k] = part.value[k];
-    }
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-      if constexpr (kComplex)
-        to[n] = {values[2 * n], values[2 * n + 1]};
-      else
-        to[n] = values[n];
     }
   }
 
@@ -255,15 +310,24 @@ class Scan {
     const Plane<const T> u = plane_of<const T>(p.u, row.batch, head);
     const Plane<const T> z = plane_of<const T>(p.z, row.batch, head);
     const Plane<T> out = plane_of<T>(p.out, row.batch, head);
-    for_each_element(shape.block_d, shape.block_l, steps, out.stride_t < out.stride_i,
-                     [&](int d, int i) {
-                       if (d >= channels) return;
-                       float y = s.delta_u[i * s.stride_d + d];
-                       if (p.D.data != nullptr)
-                         y += parameter(p.D, d) * to_float(u.at(first_d + d, t + i));
-                       if (z.data != nullptr) y *= silu(to_float(z.at(first_d + d, t + i)));
-                       out.at(first_d + d, t + i) = from_float<T>(y);
-                     });
+    struct Inputs {
+      T u, z;
+    };
+    for_each_element(
+        shape.block_d, shape.block_l, steps, out.stride_t < out.stride_i,
+        [&](int d, int i) {
+          Inputs inputs{};
+          if (p.D.data != nullptr && d < channels) inputs.u = u.at(first_d + d, t + i);
+          if (z.data != nullptr && d < channels) inputs.z = z.at(first_d + d, t + i);
+          return inputs;
+        },
+        [&](int d, int i, const Inputs& inputs) {
+          if (d >= channels) return;
+          float y = s.delta_u[i * s.stride_d + d];
+          if (p.D.data != nullptr) y += parameter(p.D, d) * to_float(inputs.u);
+          if (z.data != nullptr) y *= silu(to_float(inputs.z));
+          out.at(first_d + d, t + i) = from_float<T>(y);
+        });
   }
 
   const SelectiveScanFwdParams& p;
@@ -272,7 +336,8 @@ class Scan {
   const ScanRow row;
   const int64_t row_index, head, first_d;
   int channel, channels, first_n;  // this thread's channel and first state; channels of the block
-  Value A[kN], B[kN], C[kN], h[kN];
+  Rate<kComplex> A[kN];
+  Value h[kN];
   float delta_sum = 0, delta_sum_lost = 0;
 };
 
@@ -294,11 +359,10 @@ __device__ int64_t first_chunk(const SelectiveScanFwdParams& p, int64_t row) {
 }
 
 template <typename T, bool kComplex, int kN>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     selective_scan_general_fwd_kernel(SelectiveScanFwdParams p, Shape shape, uint32_t* faults) {
   extern __shared__ float4 memory[];
-  const Staging staging(reinterpret_cast<float*>(memory), shape, shape.lanes * kN,
-                        kComplex ? 2 : 1);
+  const Staging staging(reinterpret_cast<float*>(memory), shape, kN * (kComplex ? 2 : 1));
   const int64_t tasks = p.rows * p.nheads * shape.tiles;
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
     const int64_t tile = task % shape.tiles, head = task / shape.tiles % p.nheads;
@@ -319,7 +383,7 @@ int power_of_two_from(int64_t n) {
 Shape shape_of(const SelectiveScanFwdParams& p, const Context& context) {
   const int64_t channels = p.nheads * p.headdim;
   const int64_t rows = context.batch_invariant() ? 1 : p.rows;
-  constexpr int64_t kThreadsPerSm = 512;
+  constexpr int64_t kThreadsPerSm = 256;
   Shape shape{};
   shape.few =
       p.dstate <= 64 && rows * channels * p.dstate / 8 < kThreadsPerSm * context.cuda().num_sms();
@@ -343,7 +407,7 @@ void selective_scan_general_fwd(const SelectiveScanFwdParams& p, const Exec& exe
         constexpr int kN = decltype(few)::value ? 2 : 8;
         launch_kernel("selective_scan", selective_scan_general_fwd_kernel<T, kComplex, kN>,
                       {blocks_for(p.rows * p.nheads * shape.tiles, 1), kThreads,
-                       Staging::bytes(shape, shape.lanes * kN, kComplex ? 2 : 1)},
+                       Staging::bytes(shape, kN * (kComplex ? 2 : 1))},
                       exec, p, shape, exec.context.cuda().faults());
       });
     });

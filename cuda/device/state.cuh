@@ -28,25 +28,36 @@ __device__ __forceinline__ void sincos_quarters(int quarters, float f, float* si
   *cosine = __int_as_float(__float_as_int(cos_rest) ^ ((quarters + 1) << 30 & 0x80000000));
 }
 
-// A in the units of decay(): log2(e) folded in, and 2/π into the imaginary part.
-__device__ __forceinline__ float scaled_rate(float A) {
+// A in the units of decay(): log2(e) is folded in, and 2/π into the imaginary part, of which `rest`
+// holds what rounding lost.
+struct ComplexRate {
+  float real, imaginary, rest;
+};
+template <bool kComplex>
+using Rate = std::conditional_t<kComplex, ComplexRate, float>;
+
+__device__ __forceinline__ float rate_of(float A) {
   return A * kLog2e;
 }
-__device__ __forceinline__ float2 scaled_rate(float2 A) {
-  return {A.x * kLog2e, A.y * 0.636619772367581343f};
+__device__ __forceinline__ ComplexRate rate_of(float2 A) {
+  constexpr double kQuartersPerRadian = 0.63661977236758134;
+  constexpr float kHigh = static_cast<float>(kQuartersPerRadian);
+  constexpr float kLow = static_cast<float>(kQuartersPerRadian - kHigh);
+  const float imaginary = A.y * kHigh;
+  return {A.x * kLog2e, imaginary, __fmaf_rn(A.y, kHigh, -imaginary) + A.y * kLow};
 }
 
-// exp(Δ A). The angle is reduced to a rest of quarter turns with one rounding.
+// exp(Δ A). The angle is reduced to half a quarter turn at most before it is rounded.
 __device__ __forceinline__ float decay(float delta, float rate) {
   return exp2_approx(delta * rate);
 }
-__device__ __forceinline__ float2 decay(float delta, float2 rate) {
+__device__ __forceinline__ float2 decay(float delta, const ComplexRate& rate) {
   constexpr float kMagic = 0x1.8p23f;  // adding it rounds to an integer in the low bits
-  const float shifted = __fmaf_rn(delta, rate.y, kMagic);
-  const float rest = __fmaf_rn(delta, rate.y, -(shifted - kMagic));
+  const float shifted = __fmaf_rn(delta, rate.imaginary, kMagic);
+  const float rest = __fmaf_rn(delta, rate.imaginary, -(shifted - kMagic));
   float sine, cosine;
-  sincos_quarters(__float_as_int(shifted), rest, &sine, &cosine);
-  const float modulus = exp2_approx(delta * rate.x);
+  sincos_quarters(__float_as_int(shifted), __fmaf_rn(delta, rate.rest, rest), &sine, &cosine);
+  const float modulus = exp2_approx(delta * rate.real);
   return {modulus * cosine, modulus * sine};
 }
 
