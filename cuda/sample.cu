@@ -62,33 +62,29 @@ class Row {
 
   // Copies logits, -inf beyond them. Returns the largest, NaN if there is one.
   __device__ float load(const float* from, int64_t stride, unsigned vocab_size) {
-    const bool in_quads = stride == 1 && reinterpret_cast<uintptr_t>(from) % 16 == 0;
     float mine = -INFINITY;
     bool has_nan = false;
-#pragma unroll 8
-    for (unsigned i = begin; i < end; i += 32 * kQuad) {
-      Vector<float, kQuad> quad;
-      if (in_quads && i + kQuad <= vocab_size) {
-        quad = load_vector<kQuad>(from + i);
-      } else {
-        for (int k = 0; k < kQuad; ++k)
-          quad.value[k] = i + k < vocab_size ? from[(i + k) * stride] : -INFINITY;
-      }
+    const auto keep = [&](const Quad& quad, unsigned i) {
       for (const float v : quad.value) {
         has_nan |= v != v;
         mine = fmaxf(mine, v);
       }
       store_vector(values + i, quad);
+    };
+    if (stride == 1 && vocab_size % kQuad == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+      for_each_quad([&](unsigned i) { return load_vector<kQuad>(from + i); }, keep);
+    } else {
+      for_each_quad(
+          [&](unsigned i) {
+            Quad quad;
+            for (unsigned k = 0; k < kQuad; ++k)
+              quad.value[k] = i + k < vocab_size ? from[(i + k) * stride] : -INFINITY;
+            return quad;
+          },
+          keep);
     }
     const unsigned key = totals.largest(has_nan ? kAllIds : key_of(mine));
     return key == kAllIds ? NAN : value_of(key);
-  }
-
-  // Calls body(values, id) for four values from `id` on.
-  template <typename Body>
-  __device__ void for_each_quad(const Body& body) const {
-#pragma unroll 4
-    for (unsigned i = begin; i < end; i += 32 * kQuad) body(load_vector<kQuad>(values + i), i);
   }
 
   __device__ float largest() {
@@ -197,6 +193,27 @@ class Row {
   }
 
  private:
+  using Quad = Vector<float, kQuad>;
+
+  // Calls body(load(id), id) for this thread's ids, several loads ahead.
+  template <typename Load, typename Body>
+  __device__ void for_each_quad(const Load& load, const Body& body) const {
+    constexpr unsigned kAtOnce = 4, kApart = 32 * kQuad;
+    for (unsigned i = begin; i < end; i += kAtOnce * kApart) {
+      Quad quads[kAtOnce];
+#pragma unroll
+      for (unsigned k = 0; k < kAtOnce; ++k)
+        if (i + k * kApart < end) quads[k] = load(i + k * kApart);
+#pragma unroll
+      for (unsigned k = 0; k < kAtOnce; ++k)
+        if (i + k * kApart < end) body(quads[k], i + k * kApart);
+    }
+  }
+  template <typename Body>
+  __device__ void for_each_quad(const Body& body) const {
+    for_each_quad([&](unsigned i) { return load_vector<kQuad>(values + i); }, body);
+  }
+
   // How many values `keeps` takes; kWeighted: also their sum.
   template <bool kWeighted, typename Keeps>
   __device__ Total measure_all(const Keeps& keeps) {
