@@ -20,22 +20,34 @@ constexpr int kRunStride = kTile / 2;
 // (kSlice, kTile), padded so that storing down the columns meets few conflicts.
 using Slice = float[kSlice][kTile + 4];
 
-// One operand: a matrix of which a block's tile takes rows from `first` on.
+// One operand, of which a block's tile takes rows from `first` on. Neighbouring threads read along
+// in_features.
 template <typename T>
-struct Operand {
-  const T* data;
-  int64_t rows, cols, row_stride, col_stride, first;
-
-  // Neighbouring threads read along in_features.
-  __device__ void load(int64_t k, float (&values)[kLoads]) const {
-    const int64_t col = k + threadIdx.x % kSlice;
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int64_t row = first + threadIdx.x / kSlice + i * (kThreads / kSlice);
-      values[i] =
-          row < rows && col < cols ? to_float(data[row * row_stride + col * col_stride]) : 0;
-    }
+class Operand {
+ public:
+  __device__ Operand(const void* data, int64_t rows, int64_t cols, int64_t row_stride,
+                     int64_t col_stride, int64_t first)
+      : cols_(cols - threadIdx.x % kSlice),
+        row_step_(kRowStep * row_stride),
+        col_stride_(col_stride) {
+    const int64_t row = first + threadIdx.x / kSlice;
+    rows_ = static_cast<int>(min(rows - row, int64_t{kTile}));
+    from_ = static_cast<const T*>(data) + row * row_stride + threadIdx.x % kSlice * col_stride;
   }
+
+  __device__ void load(int64_t k, float (&values)[kLoads]) const {
+    const T* from = from_ + k * col_stride_;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i, from += row_step_)
+      values[i] = i * kRowStep < rows_ && k < cols_ ? to_float(*from) : 0.0f;
+  }
+
+ private:
+  static constexpr int kRowStep = kThreads / kSlice;
+
+  const T* from_;  // of this thread
+  int rows_;       // from there on
+  int64_t cols_, row_step_, col_stride_;
 };
 
 __device__ void store(const float (&values)[kLoads], Slice& slice) {
@@ -59,18 +71,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   __shared__ alignas(16) Slice x_slice, weight_slice;
   const int64_t first_row = blockIdx.x % row_tiles * kTile;
   const int64_t first_output = blockIdx.x / row_tiles * kTile;
-  const Operand<X> x{static_cast<const X*>(p.x.data),
-                     p.rows,
-                     p.in_features,
-                     p.x.stride[0],
-                     p.x.stride[1],
-                     first_row};
-  const Operand<W> weight{static_cast<const W*>(p.weight),
-                          p.out_features,
-                          p.in_features,
-                          p.weight_row_stride,
-                          1,
-                          first_output};
+  const Operand<X> x(p.x.data, p.rows, p.in_features, p.x.stride[0], p.x.stride[1], first_row);
+  const Operand<W> weight(p.weight, p.out_features, p.in_features, p.weight_row_stride, 1,
+                          first_output);
   const int row = threadIdx.x / 16 * kRun, output = threadIdx.x % 16 * kRun;
 
   float sum[kPerThread][kPerThread] = {};
