@@ -122,6 +122,28 @@ void synchronize(DeviceState& device, void* stream) {
   device.raise_faults();
 }
 
+void* make_stream(DeviceState& device) {
+  const DeviceGuard guard(device.index());
+  cudaStream_t stream = nullptr;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+  return stream;
+}
+
+void destroy_stream(DeviceState& device, void* stream) noexcept {
+  const DeviceGuard guard(device.index());
+  cudaStreamDestroy(static_cast<cudaStream_t>(stream));
+}
+
+void wait_for(DeviceState& device, void* stream, void* earlier) {
+  const DeviceGuard guard(device.index());
+  cudaEvent_t event = nullptr;
+  check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "stream");
+  cudaError_t status = cudaEventRecord(event, static_cast<cudaStream_t>(earlier));
+  if (status == cudaSuccess) status = cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), event);
+  cudaEventDestroy(event);  // once it has come to pass
+  check(status, "stream");
+}
+
 void copy_bytes(DeviceState& device, void* to, const void* from, size_t bytes, void* stream) {
   const DeviceGuard guard(device.index());
   check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, static_cast<cudaStream_t>(stream)),

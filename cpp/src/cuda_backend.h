@@ -25,6 +25,13 @@ void set_cublaslt_path(const char* path);
 // Waits for `stream` and throws what the device or a kernel had to report.
 void synchronize(DeviceState& device, void* stream);
 
+// A stream that does not wait for the default one.
+void* make_stream(DeviceState& device);
+void destroy_stream(DeviceState& device, void* stream) noexcept;
+
+// `stream` goes on once `earlier` has come to here.
+void wait_for(DeviceState& device, void* stream, void* earlier);
+
 // Between any two of host and device, in the order of `stream`. From and to pageable host memory
 // it returns when the copy is done.
 void copy_bytes(DeviceState& device, void* to, const void* from, size_t bytes, void* stream);

@@ -36,6 +36,16 @@ void synchronize(DeviceState&, void*) {
   fail();
 }
 
+void* make_stream(DeviceState&) {
+  fail();
+}
+
+void destroy_stream(DeviceState&, void*) noexcept {}
+
+void wait_for(DeviceState&, void*, void*) {
+  fail();
+}
+
 void copy_bytes(DeviceState&, void*, const void*, size_t, void*) {
   fail();
 }

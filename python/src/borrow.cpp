@@ -98,13 +98,28 @@ void read_tensor(const dlpack::Tensor& tensor, const std::string& what, TensorVi
   }
 }
 
-py::object dlpack_capsule(py::handle array) {
+bool is_on_gpu(py::handle array) {
+  if (!py::hasattr(array, "__dlpack_device__")) return false;
+  const int code = py::int_(array.attr("__dlpack_device__")().attr("__getitem__")(0));
+  return code == dlpack::kCuda || code == dlpack::kCudaManaged;
+}
+
+// The numbers of DLPack: 1 is the default stream, and -1 asks for no order at all.
+py::dict stream_argument(py::handle array, void* stream) {
+  py::dict argument;
+  if (is_on_gpu(array))
+    argument["stream"] = stream ? static_cast<int64_t>(reinterpret_cast<intptr_t>(stream)) : -1;
+  return argument;
+}
+
+py::object dlpack_capsule(py::handle array, void* stream) {
   const py::object method = array.attr("__dlpack__");
+  const py::dict argument = stream_argument(array, stream);
   try {
-    return method(py::arg("max_version") = py::make_tuple(1, 0));
+    return method(py::arg("max_version") = py::make_tuple(1, 0), **argument);
   } catch (py::error_already_set& error) {
     if (!error.matches(PyExc_TypeError)) throw;
-    return method();  // a producer from before DLPack 1.0
+    return method(**argument);  // a producer from before DLPack 1.0
   }
 }
 
@@ -121,11 +136,11 @@ py::object without_gradient(py::handle array, const std::string& what) {
 }
 
 // The capsule stays unconsumed and is the owner: dropping it lets the producer free its export.
-Borrowed borrow_dlpack(py::handle array, const std::string& what) {
+Borrowed borrow_dlpack(py::handle array, const std::string& what, void* stream) {
   Borrowed borrowed;
   const py::object tensor = without_gradient(array, what);
   try {
-    borrowed.owner = dlpack_capsule(tensor);
+    borrowed.owner = dlpack_capsule(tensor, stream);
   } catch (const py::error_already_set& error) {
     fail(what, "cannot be read through DLPack: " + std::string(py::str(error.value())));
   }
@@ -149,10 +164,10 @@ Borrowed borrow_dlpack(py::handle array, const std::string& what) {
 
 }  // namespace
 
-Borrowed borrow(py::handle array, const std::string& what) {
+Borrowed borrow(py::handle array, const std::string& what, void* stream) {
   if (py::isinstance<py::array>(array))
     return borrow_numpy(py::reinterpret_borrow<py::array>(array), what);
-  if (py::hasattr(array, "__dlpack__")) return borrow_dlpack(array, what);
+  if (py::hasattr(array, "__dlpack__")) return borrow_dlpack(array, what, stream);
   fail(what, "is a " + type_name(array) + ", expected an array");
 }
 
