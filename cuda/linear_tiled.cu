@@ -7,10 +7,10 @@
 namespace ssmcore::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kTile = 128;  // rows, and outputs
+constexpr int kTile = 64;   // rows, and outputs
 constexpr int kSlice = 16;  // of in_features
 constexpr int kPerThread = 8;
+constexpr int kThreads = (kTile / kPerThread) * (kTile / kPerThread);
 constexpr int kLoads = kTile * kSlice / kThreads;
 // A thread's rows, and outputs, are two runs of 4, so that a warp reads shared memory in whole
 // 16-byte words without conflicts.
@@ -66,7 +66,7 @@ __device__ void read(const Slice& slice, int k, int begin, float (&values)[kPerT
 }
 
 template <typename X, typename W>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 6)
     linear_tiled_kernel(LinearParams p, int64_t row_tiles) {
   __shared__ alignas(16) Slice x_slice, weight_slice;
   const int64_t first_row = blockIdx.x % row_tiles * kTile;
@@ -74,7 +74,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Operand<X> x(p.x.data, p.rows, p.in_features, p.x.stride[0], p.x.stride[1], first_row);
   const Operand<W> weight(p.weight, p.out_features, p.in_features, p.weight_row_stride, 1,
                           first_output);
-  const int row = threadIdx.x / 16 * kRun, output = threadIdx.x % 16 * kRun;
+  const int row = threadIdx.x / (kTile / kPerThread) * kRun;
+  const int output = threadIdx.x % (kTile / kPerThread) * kRun;
 
   float sum[kPerThread][kPerThread] = {};
   float x_next[kLoads], weight_next[kLoads];
