@@ -2,6 +2,7 @@
 
 #include "device_state.h"
 #include "launch.h"
+#include "linear_plans.h"
 #include "ssmcore/error.h"
 
 namespace ssmcore::cuda {
@@ -97,6 +98,11 @@ void DeviceState::raise_faults() {
                                                  ", found on cuda:" + std::to_string(index_) +
                                                  " while it ran");
   }
+}
+
+LinearPlans& DeviceState::linear_plans() {
+  std::call_once(linear_plans_once_, [&] { linear_plans_ = std::make_unique<LinearPlans>(); });
+  return *linear_plans_;
 }
 
 std::shared_ptr<DeviceState> make_device_state(int index) {

@@ -14,6 +14,5 @@ namespace ssmcore::cuda {
 
 SSMCORE_MISSING_KERNEL(causal_conv1d_fwd, CausalConv1dFwdParams)
 SSMCORE_MISSING_KERNEL(rms_norm_fwd, RmsNormFwdParams)
-SSMCORE_MISSING_KERNEL(linear, LinearParams)
 
 }  // namespace ssmcore::cuda
