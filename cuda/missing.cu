@@ -13,8 +13,6 @@ namespace ssmcore::cuda {
   }
 
 SSMCORE_MISSING_KERNEL(selective_scan_fwd, SelectiveScanFwdParams)
-SSMCORE_MISSING_KERNEL(causal_conv1d_fwd, CausalConv1dFwdParams)
-SSMCORE_MISSING_KERNEL(rms_norm_fwd, RmsNormFwdParams)
 SSMCORE_MISSING_KERNEL(linear, LinearParams)
 SSMCORE_MISSING_KERNEL(sample, SampleParams)
 
