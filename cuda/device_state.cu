@@ -20,6 +20,8 @@ const char* message(Fault fault) {
       return "causal_conv1d: cu_seqlens does not ascend from 0 to the sequence length";
     case Fault::causal_conv1d_state_indices:
       return "causal_conv1d: state_indices holds an index beyond the slots";
+    case Fault::causal_conv1d_cache_seqlens:
+      return "causal_conv1d_update: cache_seqlens holds a negative entry";
     case Fault::embedding_token_ids:
       return "embedding: token_ids holds an id outside the vocabulary";
     case Fault::sample_history:
