@@ -28,7 +28,7 @@ const char* message(Fault fault) {
     case Fault::sample_history:
       return "sample: history holds an id outside the vocabulary";
     case Fault::sample_setting:
-      return "sample: a setting is out of its range";
+      return "sample: repetition_penalty, temperature, top_k, top_p or min_p is out of its range";
     case Fault::sample_logits:
       return "sample: the logits of a row hold a NaN or no finite largest value";
     case Fault::count:
@@ -93,14 +93,16 @@ DeviceState::~DeviceState() {
 }
 
 void DeviceState::raise_faults() {
+  std::string found;
   for (int i = 0; i < kFaults; ++i) {
     volatile uint32_t& fault = host_faults_[i];
     if (fault == 0) continue;
     fault = 0;
-    throw Error(ErrorCode::invalid_argument, std::string(message(static_cast<Fault>(i))) +
-                                                 ", found on cuda:" + std::to_string(index_) +
-                                                 " while it ran");
+    found += (found.empty() ? "" : "; ") + std::string(message(static_cast<Fault>(i)));
   }
+  if (!found.empty())
+    throw Error(ErrorCode::invalid_argument,
+                found + " (found on cuda:" + std::to_string(index_) + " while it ran)");
 }
 
 LinearPlans& DeviceState::linear_plans() {

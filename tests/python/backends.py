@@ -51,6 +51,8 @@ def _to_cuda(array: np.ndarray) -> Any:
 
     # What torch.empty gives, and so every output, is then NaN until it is written.
     torch.use_deterministic_algorithms(True)
+    if min(array.strides, default=0) < 0:
+        pytest.skip("torch has no negative strides")
     around = array
     while isinstance(around.base, np.ndarray):
         around = around.base
@@ -69,7 +71,7 @@ def _from_cuda(tensor: Any) -> np.ndarray:
     storage = torch.empty(0, dtype=torch.uint8, device="cuda").set_(tensor.untyped_storage())
     name = str(tensor.dtype).rpartition(".")[2]
     dtype = DTYPES.get(name, np.dtype(name))
-    memory = storage.cpu().numpy().view(dtype)
+    memory = storage.cpu().numpy().view(dtype).copy()  # what the view's base is then
     strides = [stride * dtype.itemsize for stride in tensor.stride()]
     offset = tensor.storage_offset() * dtype.itemsize
     return np.ndarray(tuple(tensor.shape), dtype, memory, offset, strides)

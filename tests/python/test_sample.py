@@ -315,7 +315,8 @@ def test_logits_stay(backend: Backend) -> None:
     ],
 )
 def test_bad_argument(backend: Backend, name: str, bad: Any, words: list[str]) -> None:
-    inputs: dict[str, Any] = {"logits": random_logits(3, 7), name: bad}
+    # A penalty that does something, so that the history is looked at.
+    inputs: dict[str, Any] = {"logits": random_logits(3, 7), "repetition_penalty": 2.0, name: bad}
     with refuses_value(backend, "sample", name, *words):
         backend.call(ops.sample, **inputs)
 
