@@ -11,8 +11,9 @@ namespace {
 // types are equal and beside the tiled kernel elsewhere. cuBLASLt keeps the rate of memory in 16
 // bits, but for a single row or few outputs.
 bool has_few_rows(const LinearParams& p) {
-  if (p.dtype != p.weight_dtype) return p.rows <= 128;
-  if (p.dtype == DType::float32) return p.rows <= 32;
+  const int64_t outputs = p.rows * p.out_features;
+  if (p.dtype != p.weight_dtype) return outputs <= 600'000;
+  if (p.dtype == DType::float32) return p.rows <= 8 || outputs <= 50'000;
   return p.rows == 1 || (p.rows <= 8 && p.out_features <= 1024);
 }
 

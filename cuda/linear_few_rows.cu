@@ -145,10 +145,10 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes)
 // The warps that split in_features between them: as many as there is room for, and steps to take.
 int split_for(const DeviceState& device, int64_t blocks, int64_t steps, size_t parts_bytes) {
   const size_t room = (device.shared_memory_per_block() - parts_bytes) / kRingBytes;
-  const int64_t most = std::min({int64_t{kMaxWarps}, static_cast<int64_t>(room),
-                                 kWarpsPerSm * device.num_sms() / blocks, steps});
+  const int64_t most = std::min(
+      {int64_t{kMaxWarps}, static_cast<int64_t>(room), kWarpsPerSm * device.num_sms() / blocks});
   int split = 1;
-  while (2 * split <= most) split *= 2;
+  while (split < steps && 2 * split <= most) split *= 2;
   return split;
 }
 
