@@ -7,14 +7,14 @@
 namespace ssmcore::cuda {
 namespace {
 
-// Whether to stream the weight: the bounds were measured on an H100, beside cuBLASLt where the
-// types are equal and beside the tiled kernel elsewhere. cuBLASLt keeps the rate of memory in 16
-// bits, but for a single row or few outputs.
+// Whether to stream the weight. The bounds were measured on an H100, beside cuBLASLt where the
+// types are equal and beside the tiled kernel elsewhere. In 16 bits cuBLASLt keeps the rate of
+// memory, but for a single row or few outputs.
 bool has_few_rows(const LinearParams& p) {
-  const int64_t outputs = p.rows * p.out_features;
-  if (p.dtype != p.weight_dtype) return outputs <= 600'000;
-  if (p.dtype == DType::float32) return p.rows <= 8 || outputs <= 50'000;
-  return p.rows == 1 || (p.rows <= 8 && p.out_features <= 1024);
+  if (p.dtype == p.weight_dtype && p.dtype != DType::float32)
+    return p.rows == 1 || (p.rows <= 8 && p.out_features <= 1024);
+  const int64_t most_outputs = p.dtype == p.weight_dtype ? 50'000 : 600'000;
+  return p.rows <= 8 || p.rows * p.out_features <= most_outputs;
 }
 
 }  // namespace
