@@ -15,11 +15,12 @@ const char* message(Fault fault) {
     case Fault::selective_scan_cu_seqlens:
       return "selective_scan: cu_seqlens does not ascend from 0 to the sequence length";
     case Fault::selective_scan_state_indices:
-      return "selective_scan: state_indices holds an index beyond the slots";
+      return "selective_scan or selective_state_update: state_indices holds an index beyond the "
+             "slots";
     case Fault::causal_conv1d_cu_seqlens:
       return "causal_conv1d: cu_seqlens does not ascend from 0 to the sequence length";
     case Fault::causal_conv1d_state_indices:
-      return "causal_conv1d: state_indices holds an index beyond the slots";
+      return "causal_conv1d or causal_conv1d_update: state_indices holds an index beyond the slots";
     case Fault::causal_conv1d_cache_seqlens:
       return "causal_conv1d_update: cache_seqlens holds a negative entry";
     case Fault::embedding_token_ids:
