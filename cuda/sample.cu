@@ -1,10 +1,12 @@
 // Sampling on the GPU, a block a row. Nothing is sorted: the filters bisect for the value, and
 // among equal values the id, down to which they keep. Sums run in an order that depends on the size
 // of the vocabulary alone.
+#include <cfloat>
 #include <cmath>
 
 #include "../cpp/src/sample_params.h"
 #include "device/block_totals.cuh"
+#include "device/math.cuh"
 #include "device/philox.cuh"
 #include "launch.h"
 
@@ -12,7 +14,7 @@ namespace ssmcore::cuda {
 namespace {
 
 constexpr int kWarps = BlockTotals::kWarps, kThreads = 32 * kWarps;
-constexpr int kQuad = 4;  // neighbouring ids that a thread takes at a time
+constexpr unsigned kQuad = 4;  // neighbouring ids that a thread takes at a time
 constexpr unsigned kAllIds = ~0u;
 
 // Unsigned integers in the order of the floats they stand for.
@@ -98,22 +100,24 @@ class Row {
   __device__ unsigned first_equal(float value) {
     unsigned first = kAllIds;
     for_each_quad([&](const auto& quad, unsigned i) {
-      for (int k = 0; k < kQuad; ++k)
+      for (unsigned k = 0; k < kQuad; ++k)
         if (quad.value[k] == value) first = min(first, i + k);
     });
     return totals.smallest(first);
   }
 
   // The cut that keeps the fewest of the largest values, lower ids first among equals, whose number
-  // (kWeighted: sum) is at least `target`. All values are in [lowest, largest], and are enough.
+  // (kWeighted: sum) is at least `target`. The values in [lowest, largest] are enough; `number`
+  // says how many they are.
   template <bool kWeighted>
-  __device__ Cut cut(double target, float lowest, float largest) {
+  __device__ Cut cut(double target, float lowest, float largest, unsigned number) {
     const auto enough = [&](const Total& total) {
       return (kWeighted ? total.sum : total.count) >= target;
     };
     // Values from `low` on are enough, those from `high` on are not.
-    unsigned low = key_of(lowest), high = key_of(largest) + 1;
-    Total at_low{size, 0}, at_high{0, 0};
+    // (+ 0.0f: nothing equals -0 and lies below its successor, +0.)
+    unsigned low = key_of(lowest), high = key_of(largest + 0.0f) + 1;
+    Total at_low{number, 0}, at_high{0, 0};
     // Once few values lie between, those above are known, and each thread has one to decide about.
     bool few = false;
     Total above{};
@@ -148,16 +152,21 @@ class Row {
     return cut;
   }
 
-  // Replaces every value by function(value, id). Returns their sum; totals has those of the warps.
+  // Replaces every value by function(value, id), a weight. Returns the number and sum of those
+  // above 0; totals has the sums of the warps.
   template <typename Function>
-  __device__ double replace(const Function& function) {
+  __device__ Total replace(const Function& function) {
+    unsigned positive = 0;
     float sum = 0;
-    for_each_quad([&](auto quad, unsigned i) {
-      for (int k = 0; k < kQuad; ++k) quad.value[k] = function(quad.value[k], i + k);
+    for_each_quad([&](Quad quad, unsigned i) {
+      for (unsigned k = 0; k < kQuad; ++k) {
+        quad.value[k] = function(quad.value[k], i + k);
+        positive += quad.value[k] > 0;
+      }
       sum += (quad.value[0] + quad.value[1]) + (quad.value[2] + quad.value[3]);
       store_vector(values + i, quad);
     });
-    return totals.total(0, sum).sum;
+    return totals.total(positive, sum);
   }
 
   // The inverse of the cumulative distribution, of which `left` has to be used up: which warp's ids
@@ -221,7 +230,7 @@ class Row {
     float sum = 0;
     for_each_quad([&](const auto& quad, unsigned i) {
       float of_quad[kQuad];
-      for (int k = 0; k < kQuad; ++k) {
+      for (unsigned k = 0; k < kQuad; ++k) {
         const bool kept = keeps(quad.value[k], i + k);
         count += kept;
         of_quad[k] = kept ? quad.value[k] : 0;
@@ -249,7 +258,7 @@ class Row {
     undecided.ids[threadIdx.x] = 0;
     __syncthreads();
     for_each_quad([&](const auto& quad, unsigned i) {
-      for (int k = 0; k < kQuad; ++k)
+      for (unsigned k = 0; k < kQuad; ++k)
         if (quad.value[k] >= low && quad.value[k] < high)
           undecided.ids[atomicAdd(&undecided.count, 1u)] = i + k;
     });
@@ -317,21 +326,22 @@ __device__ unsigned sample_row(const SampleParams& p, int64_t b, unsigned size, 
 
   Cut top_k;
   if (settings.top_k > 0 && settings.top_k < p.vocab_size)
-    top_k = row.cut<false>(settings.top_k, -INFINITY, largest);
-  // Shifted first, so that dividing by a small temperature cannot overflow the largest.
-  double sum = row.replace([&](float v, unsigned i) {
-    return top_k.keeps(v, i) ? expf((v - largest) / settings.temperature) : 0.0f;
+    top_k = row.cut<false>(settings.top_k, -INFINITY, largest, size);
+  // Shifted first, so that a small temperature cannot overflow the largest.
+  const float scale = fminf(kLog2e / settings.temperature, FLT_MAX);
+  Total weights = row.replace([&](float v, unsigned i) {
+    return top_k.keeps(v, i) ? exp2_approx((v - largest) * scale) : 0.0f;
   });
   if (settings.top_p < 1 || settings.min_p > 0) {
     Cut top_p;
     if (settings.top_p < 1)
-      top_p = row.cut<true>(static_cast<double>(settings.top_p) * sum, 0.0f, 1.0f);
-    sum = row.replace(
+      top_p = row.cut<true>(settings.top_p * weights.sum, FLT_MIN, 1.0f, weights.count);
+    weights = row.replace(
         [&](float w, unsigned i) { return top_p.keeps(w, i) && w >= settings.min_p ? w : 0.0f; });
   }
   const auto seed = static_cast<uint64_t>(value_or<int64_t>(p.seed, b, b));
   const auto position = static_cast<uint64_t>(value_or<int64_t>(p.position, b, 0));
-  return row.draw(philox_uniform(seed, position) * sum);
+  return row.draw(philox_uniform(seed, position) * weights.sum);
 }
 
 // The values of a row are in shared memory where they fit, else in the workspace.

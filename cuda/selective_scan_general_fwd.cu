@@ -293,6 +293,7 @@ class Scan {
       for (int lanes = shape.lanes >> 1; lanes > 0; lanes >>= 1)
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) y[k] += __shfl_xor_sync(~0u, y[k], lanes);
+      __syncwarp();  // y goes where the lanes have read delta_u
       if (first_n == 0) {
 #pragma unroll
         for (int k = 0; k < kSteps; ++k)
