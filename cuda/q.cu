@@ -46,30 +46,6 @@ __device__ void check_cu_seqlens(const CausalConv1dFwdParams& p, uint32_t* fault
   }
 }
 
-// Whether all of steps [t, t + size) see the width - 1 inputs before them, or all that x has, and
-// leave no state.
-template <int kWidth>
-__device__ bool is_plain(const CausalConv1dFwdParams& p, int64_t batch, int64_t t, int64_t size) {
-  if (t + size > p.seqlen) return false;
-  if (t < kHalo) return t == 0 && !p.cu_seqlens.data && !p.seq_idx.data && !p.initial_state.data && !p.final_state.data;
-  if (p.cu_seqlens.data) {
-    const PackedRows rows{p};
-    const int64_t next = rows.first_from(t + 1);
-    return next > 0 && rows.boundary(next - 1) <= t - (kWidth - 1) &&
-           rows.boundary(next) >= t + size && t + size < p.seqlen;
-  }
-  if (p.seq_idx.data) {
-    const int32_t* numbers =
-        static_cast<const int32_t*>(p.seq_idx.data) + batch * p.seq_idx.stride[0];
-    const int32_t number = numbers[t * p.seq_idx.stride[1]];
-    bool same = number >= 0;
-    for (int64_t i = t - (kWidth - 1); i < t + size; ++i)
-      same = same && numbers[i * p.seq_idx.stride[1]] == number;
-    return same;
-  }
-  return true;
-}
-
 // --- Channels contiguous ---------------------------------------------------------------------------
 
 constexpr int64_t kMaxBlockL = CONV_BLOCK_L, kMinBlockL = 8;
@@ -93,25 +69,18 @@ struct TilePlace {
   }
 };
 
-// Any layout and width: a thread has a tile of one channel.
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    causal_conv1d_any_kernel(const __grid_constant__ CausalConv1dFwdParams p,
-                             const __grid_constant__ CausalConv1dFwdPlan plan, uint32_t* faults) {
-  check_cu_seqlens(p, faults);
-  const TilePlace<int64_t> place(p, plan, 1);
-  if (place.batch < plan.batch)
-    CausalConv1dTile<T, 1, kMaxConvWidth, 8>(p, plan, faults, place.batch, place.d)
-        .run(place.begin, place.end);
-}
-
-// What is not plain.
+// A thread has a tile of some channels, with all that sequences can bring: of any layout and width
+// if it is one channel.
 template <typename T, int kChannels, int kWidth>
-__device__ __noinline__ void run_tile(const CausalConv1dFwdParams& p,
-                                      const CausalConv1dFwdPlan& plan, uint32_t* faults,
-                                      int64_t batch, int64_t d, int64_t begin, int64_t end) {
-  constexpr int kUnroll = kChannels == 1 ? 8 : 2;
-  CausalConv1dTile<T, kChannels, kWidth, kUnroll>(p, plan, faults, batch, d).run(begin, end);
+__global__ void __launch_bounds__(kThreads)
+    causal_conv1d_tiles_kernel(const __grid_constant__ CausalConv1dFwdParams p,
+                               const __grid_constant__ CausalConv1dFwdPlan plan, uint32_t* faults) {
+  check_cu_seqlens(p, faults);
+  const TilePlace<int64_t> place(p, plan, kChannels);
+  if (place.batch < plan.batch)
+    CausalConv1dTile<T, kChannels, kWidth, kChannels == 1 ? 8 : 4>(p, plan, faults, place.batch,
+                                                                   place.d)
+        .run(place.begin, place.end);
 }
 
 // The next kUnroll of `steps` steps of some channels.
@@ -123,27 +92,36 @@ __device__ __forceinline__ void load_steps(Words<T, kChannels> (&to)[kUnroll], c
     if (i < steps) to[i] = load_words<kChannels>(from + i * stride);
 }
 
-// A thread has a tile of a vector of channels. It computes on some steps while it loads the next.
+// The inputs before the first step of a row.
+template <typename T, int kChannels, int kHistory>
+__device__ __forceinline__ void load_initial(const CausalConv1dFwdParams& p,
+                                             const CausalConv1dFwdPlan& plan, int64_t row,
+                                             int64_t d, uint32_t* faults,
+                                             Words<T, kChannels> (&to)[kHistory]) {
+  const CausalConv1dState<T, kChannels> state(p, plan, row, d, faults);
+#pragma unroll
+  for (int k = 0; k < kHistory; ++k) to[k] = state.input(kHistory - k);
+}
+
+// The same where every row is one sequence: a thread computes on some steps while it loads the next.
 template <typename T, int kChannels, int kWidth>
 __global__ void __launch_bounds__(kThreads, CONV_MINB)
     causal_conv1d_channels_kernel(const __grid_constant__ CausalConv1dFwdParams p,
                                   const __grid_constant__ CausalConv1dFwdPlan plan,
                                   uint32_t* faults) {
   constexpr int kHistory = kWidth - 1, kUnroll = CONV_UNROLL;
-  check_cu_seqlens(p, faults);
   const TilePlace<uint32_t> place(p, plan, kChannels);
   if (place.batch >= plan.batch) return;
-  if (!is_plain<kWidth>(p, place.batch, place.begin, place.end - place.begin))
-    return run_tile<T, kChannels, kWidth>(p, plan, faults, place.batch, place.d, place.begin,
-                                          place.end);
   const T* x = static_cast<const T*>(p.x.data) + place.batch * p.x.stride[0] + place.d +
                place.begin * p.x.stride[2];
   T* out = static_cast<T*>(p.out.data) + place.batch * p.out.stride[0] + place.d +
            place.begin * p.out.stride[2];
   int steps = static_cast<int>(place.end - place.begin);
-  Words<T, kChannels> before[kHistory] = {}, next[kUnroll];
+  Words<T, kChannels> before[kHistory], next[kUnroll];
   if (place.begin > 0)
     load_steps(before, x - kHistory * p.x.stride[2], p.x.stride[2], kHistory);
+  else
+    load_initial(p, plan, place.batch, place.d, faults, before);
   load_steps(next, x, p.x.stride[2], steps);
   const CausalConv1dTaps<T, kChannels, kWidth> taps(p, plan, place.d);
   float window[kWidth][kChannels];
@@ -158,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, CONV_MINB)
     load_steps(next, x, p.x.stride[2], steps - kUnroll);
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i, out += p.out.stride[2]) {
-      if (i >= steps) return;
+      if (i >= steps) break;
       to_floats(now[i], window[kHistory]);
       float result[kChannels];
 #pragma unroll
@@ -173,6 +151,10 @@ __global__ void __launch_bounds__(kThreads, CONV_MINB)
       store_words(out, to_words<T>(result));
     }
   }
+  if (place.begin == 0)
+    CausalConv1dState<T, kChannels>(p, plan, place.batch, place.d, faults)
+        .update(static_cast<const T*>(p.x.data) + place.batch * p.x.stride[0] + place.d, 0,
+                p.seqlen);
 }
 
 // --- Steps contiguous ------------------------------------------------------------------------------
@@ -188,29 +170,69 @@ struct StepsPlan {
   uint32_t batch_blocks; // blocks of a batch
 };
 
-// Vector number `vector` of a channel's steps: those from `t` on. It and what it needs, as loaded.
+// N steps of a row from step t on, of which those outside [0, seqlen) are 0.
+template <int N, typename T>
+__device__ __forceinline__ Words<T, N> load_part(const T* row, int64_t t, int64_t seqlen) {
+  if (t >= 0 && t + N <= seqlen) return load_words<N>(row + t);
+  float values[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    values[i] = t + i >= 0 && t + i < seqlen ? to_float(row[t + i]) : 0.0f;
+  return to_words<T>(values);
+}
+
+template <int N, typename T>
+__device__ __forceinline__ void store_part(T* row, int64_t t, int64_t seqlen,
+                                           const Words<T, N>& from) {
+  if (t >= 0 && t + N <= seqlen) return store_words(row + t, from);
+  float values[N];
+  to_floats(from, values);
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    if (t + i >= 0 && t + i < seqlen) row[t + i] = from_float<T>(values[i]);
+}
+
+// A vector of a channel's steps, from t on, and what its outputs need; as loaded.
 template <typename T, int kWidth>
 struct StepsPiece {
   static constexpr int kSteps = kVectorSize<T>;
   int64_t t;
-  bool plain;
   Words<T, kSteps> inputs;
   Words<T, kHalo> halo;
   uint32_t weight[kWidth], bias;  // float32, or T in the lower half
 
-  __device__ void load(const CausalConv1dFwdParams& p, int64_t batch, int64_t d, int64_t vector) {
+  __device__ __forceinline__ void load(const CausalConv1dFwdParams& p,
+                                       const CausalConv1dFwdPlan& plan, int64_t batch, int64_t d,
+                                       int64_t vector, uint32_t* faults) {
     const T* x = static_cast<const T*>(p.x.data) + batch * p.x.stride[0] + d * p.x.stride[1];
-    t = vector * kSteps -
-        static_cast<int>(reinterpret_cast<uintptr_t>(x) / sizeof(T) % kSteps);
-    plain = is_plain<kWidth>(p, batch, t, kSteps);
-    halo = {};
-    if (plain) inputs = load_words<kSteps>(x + t);
-    if (plain && t > 0) halo = load_words<kHalo>(x + t - kHalo);
+    t = vector * kSteps - static_cast<int>(reinterpret_cast<uintptr_t>(x) / sizeof(T) % kSteps);
+    inputs = load_part<kSteps>(x, t, p.seqlen);
+    halo = load_part<kHalo>(x, t - kHalo, p.seqlen);
+    if (t == 0 && p.initial_state.data) {
+      const CausalConv1dState<T, 1> state(p, plan, batch, d, faults);
+      float before[kHalo];
+#pragma unroll
+      for (int i = 0; i < kHalo; ++i) {
+        float value[1] = {};
+        if (i > kHalo - kWidth) to_floats(state.input(kHalo - i), value);
+        before[i] = value[0];
+      }
+      halo = to_words<T>(before);
+    }
 #pragma unroll
     for (int k = 0; k < kWidth; ++k)
       weight[k] = load_parameter(p.weight.data, p.weight_dtype,
                                  d * p.weight.stride[0] + k * p.weight.stride[1]);
     bias = p.bias.data ? load_parameter(p.bias.data, p.bias_dtype, d * p.bias.stride[0]) : 0;
+  }
+
+  // After all else that reads the states.
+  __device__ __forceinline__ void update_state(const CausalConv1dFwdParams& p,
+                                               const CausalConv1dFwdPlan& plan, int64_t batch,
+                                               int64_t d, uint32_t* faults) const {
+    if (t != 0 || !p.final_state.data) return;
+    const T* x = static_cast<const T*>(p.x.data) + batch * p.x.stride[0] + d * p.x.stride[1];
+    CausalConv1dState<T, 1>(p, plan, batch, d, faults).update(x, 0, p.seqlen);
   }
 
   __device__ __forceinline__ Words<T, kSteps> convolve(const CausalConv1dFwdParams& p) const {
@@ -253,7 +275,6 @@ __global__ void __launch_bounds__(kStepsThreads, CONV_SMINB)
                                const __grid_constant__ CausalConv1dFwdPlan plan,
                                const __grid_constant__ StepsPlan steps, uint32_t* faults) {
   using Piece = StepsPiece<T, kWidth>;
-  check_cu_seqlens(p, faults);
   const int rows = kStepsThreads >> steps.lanes_log2;  // side by side
   const uint32_t batch = blockIdx.x / steps.batch_blocks, block = blockIdx.x % steps.batch_blocks;
   const uint32_t vector = (block % steps.row_blocks << steps.lanes_log2) +
@@ -263,17 +284,13 @@ __global__ void __launch_bounds__(kStepsThreads, CONV_SMINB)
   const int64_t end = min(d + rows * steps.rows_per_thread, p.dim);
   if (d >= end) return;
   Piece next;
-  next.load(p, batch, d, vector);
+  next.load(p, plan, batch, d, vector, faults);
   for (; d < end; d += rows) {
     const Piece now = next;
-    if (d + rows < end) next.load(p, batch, d + rows, vector);
-    if (now.plain)
-      store_words(static_cast<T*>(p.out.data) + batch * p.out.stride[0] + d * p.out.stride[1] +
-                      now.t,
-                  now.convolve(p));
-    else if (now.t < p.seqlen && now.t + Piece::kSteps > 0)
-      run_tile<T, 1, kWidth>(p, plan, faults, batch, d, max(now.t, int64_t{0}),
-                             min(now.t + Piece::kSteps, p.seqlen));
+    if (d + rows < end) next.load(p, plan, batch, d + rows, vector, faults);
+    T* out = static_cast<T*>(p.out.data) + batch * p.out.stride[0] + d * p.out.stride[1];
+    store_part(out, now.t, p.seqlen, now.convolve(p));
+    now.update_state(p, plan, batch, d, faults);
   }
 }
 
@@ -291,32 +308,31 @@ void set_tiles(CausalConv1dFwdPlan& plan, const CausalConv1dFwdParams& p, int64_
   plan.tiles = ceil_div(p.seqlen, plan.block_l);
 }
 
-template <typename T>
-void launch_any(const CausalConv1dFwdParams& p, const Exec& exec) {
-  CausalConv1dFwdPlan plan = plan_for(p, 1);
-  plan.steps_first = p.x.stride[2] < p.x.stride[1];
-  set_tiles(plan, p, 1, exec);
-  launch_kernel(kOp, causal_conv1d_any_kernel<T>,
-                {blocks_for(plan.batch * p.dim * plan.tiles, kThreads), kThreads}, exec, p, plan,
-                exec.context.cuda().faults());
-}
-
 template <typename T, int kChannels, int kWidth>
-void launch_channels(const CausalConv1dFwdParams& p, const Exec& exec) {
+void launch_tiles(const CausalConv1dFwdParams& p, const Exec& exec) {
   CausalConv1dFwdPlan plan = plan_for(p, kChannels);
+  plan.steps_first = kChannels == 1 && p.x.stride[2] < p.x.stride[1];
   set_tiles(plan, p, kChannels, exec);
   const int64_t threads = plan.batch * (p.dim / kChannels) * plan.tiles;
-  if (threads > INT32_MAX) return launch_any<T>(p, exec);
-  launch_kernel(kOp, causal_conv1d_channels_kernel<T, kChannels, kWidth>,
-                {blocks_for(threads, kThreads), kThreads}, exec, p, plan,
+  const bool plain = !p.cu_seqlens && !p.seq_idx && threads <= INT32_MAX;
+  void (*kernel)(CausalConv1dFwdParams, CausalConv1dFwdPlan, uint32_t*) =
+      causal_conv1d_tiles_kernel<T, kChannels, kWidth>;
+  if constexpr (kChannels > 1)
+    if (plain) kernel = causal_conv1d_channels_kernel<T, kChannels, kWidth>;
+  launch_kernel(kOp, kernel, {blocks_for(threads, kThreads), kThreads}, exec, p, plan,
                 exec.context.cuda().faults());
 }
 
-// Whether rows of x and out can be read by vectors of steps, from the same step on.
+bool rows_aligned(const CausalConv1dFwdParams& p, int64_t size) {
+  return has_vectors(p.x.data, p.dtype, size, p.x.stride[0], p.x.stride[1]);
+}
+
+// Whether rows of x and out can be read by vectors of steps, from the same step on, and nobody but
+// the thread that has the first vector needs a state.
 bool takes_step_vectors(const CausalConv1dFwdParams& p, int64_t size) {
   const auto distance =
       reinterpret_cast<uintptr_t>(p.x.data) - reinterpret_cast<uintptr_t>(p.out.data);
-  return p.width <= kMaxVectorWidth && p.x.stride[2] == 1 && p.out.stride[2] == 1 &&
+  return p.width <= kMaxVectorWidth && !p.cu_seqlens && !p.seq_idx && (rows_aligned(p, size) || !(p.initial_state || p.final_state)) && p.x.stride[2] == 1 && p.out.stride[2] == 1 &&
          p.seqlen >= size && distance % 16 == 0 &&
          (p.x.stride[0] - p.out.stride[0]) % size == 0 &&
          (p.x.stride[1] - p.out.stride[1]) % size == 0;
@@ -326,9 +342,7 @@ template <typename T, int kWidth>
 void launch_steps(const CausalConv1dFwdParams& p, const Exec& exec) {
   constexpr int64_t kSteps = kVectorSize<T>;
   const CausalConv1dFwdPlan plan = plan_for(p, 1);
-  const bool rows_aligned =
-      has_vectors(p.x.data, p.dtype, kSteps, p.x.stride[0], p.x.stride[1]);
-  const int64_t vectors = ceil_div(p.seqlen + (rows_aligned ? 0 : kSteps - 1), kSteps);
+  const int64_t vectors = ceil_div(p.seqlen + (rows_aligned(p, kSteps) ? 0 : kSteps - 1), kSteps);
   StepsPlan steps{};
   while ((1 << steps.lanes_log2) < std::min<int64_t>(vectors, kStepsThreads)) ++steps.lanes_log2;
   const int64_t row_blocks = ceil_div(vectors, 1 << steps.lanes_log2);
@@ -341,7 +355,7 @@ void launch_steps(const CausalConv1dFwdParams& p, const Exec& exec) {
   steps.rows_per_thread = kMaxRowsPerThread;
   while (steps.rows_per_thread > 1 && blocks() < kBlocksPerSm * exec.context.cuda().num_sms())
     steps.rows_per_thread /= 2;
-  if (blocks() > INT32_MAX) return launch_any<T>(p, exec);
+  if (blocks() > INT32_MAX) return launch_tiles<T, 1, kMaxConvWidth>(p, exec);
   steps.row_blocks = static_cast<uint32_t>(row_blocks);
   steps.batch_blocks = static_cast<uint32_t>(blocks() / plan.batch);
   launch_kernel(kOp, causal_conv1d_steps_kernel<T, kWidth>,
@@ -361,11 +375,11 @@ void causal_conv1d_fwd(const CausalConv1dFwdParams& p, const Exec& exec) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int kSize = kVectorSize<T>;
     if (takes_channel_vectors(p, kSize))
-      with4([&](auto width) { launch_channels<T, kSize, width>(p, exec); });
+      with4([&](auto width) { launch_tiles<T, kSize, width>(p, exec); });
     else if (takes_step_vectors(p, kSize))
       with4([&](auto width) { launch_steps<T, width>(p, exec); });
     else
-      launch_any<T>(p, exec);
+      launch_tiles<T, 1, kMaxConvWidth>(p, exec);
   }
 }
 
