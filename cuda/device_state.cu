@@ -2,6 +2,7 @@
 
 #include "device_state.h"
 #include "launch.h"
+#include "linear_plans.h"
 #include "ssmcore/error.h"
 
 namespace ssmcore::cuda {
@@ -19,6 +20,8 @@ const char* message(Fault fault) {
       return "causal_conv1d: cu_seqlens does not ascend from 0 to the sequence length";
     case Fault::causal_conv1d_state_indices:
       return "causal_conv1d: state_indices holds an index beyond the slots";
+    case Fault::causal_conv1d_cache_seqlens:
+      return "causal_conv1d_update: cache_seqlens holds a negative entry";
     case Fault::embedding_token_ids:
       return "embedding: token_ids holds an id outside the vocabulary";
     case Fault::sample_history:
@@ -97,6 +100,11 @@ void DeviceState::raise_faults() {
                                                  ", found on cuda:" + std::to_string(index_) +
                                                  " while it ran");
   }
+}
+
+LinearPlans& DeviceState::linear_plans() {
+  std::call_once(linear_plans_once_, [&] { linear_plans_ = std::make_unique<LinearPlans>(); });
+  return *linear_plans_;
 }
 
 std::shared_ptr<DeviceState> make_device_state(int index) {

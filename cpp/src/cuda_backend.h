@@ -18,6 +18,10 @@ int device_count();
 
 Allocator& default_allocator(int index);
 
+// Where cuBLASLt is, if the process has not loaded it already and SSMCORE_CUBLASLT does not say.
+// Heeded until the first product that needs it.
+void set_cublaslt_path(const char* path);
+
 // Waits for `stream` and throws what the device or a kernel had to report.
 void synchronize(DeviceState& device, void* stream);
 

@@ -28,6 +28,10 @@ Allocator& default_allocator(int) {
   fail();
 }
 
+void set_cublaslt_path(const char*) {
+  fail();
+}
+
 void synchronize(DeviceState&, void*) {
   fail();
 }
