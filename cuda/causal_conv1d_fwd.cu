@@ -23,7 +23,7 @@ namespace {
 
 constexpr const char* kOp = "causal_conv1d";
 constexpr int kThreads = CONV_THREADS;
-constexpr int kHalo = 4;            // inputs before a vector of steps that are read with it
+constexpr int kHalo = 4;  // inputs before a vector of steps that are read with it
 
 // Every entry of cu_seqlens, also those that no tile comes to see.
 __device__ void check_cu_seqlens(const CausalConv1dFwdParams& p, uint32_t* faults) {
@@ -44,7 +44,9 @@ __device__ void check_cu_seqlens(const CausalConv1dFwdParams& p, uint32_t* fault
 template <int kWidth>
 __device__ bool is_plain(const CausalConv1dFwdParams& p, int64_t batch, int64_t t, int64_t size) {
   if (t + size > p.seqlen) return false;
-  if (t < kHalo) return t == 0 && !p.cu_seqlens.data && !p.seq_idx.data && !p.initial_state.data && !p.final_state.data;
+  if (t < kHalo)
+    return t == 0 && !p.cu_seqlens.data && !p.seq_idx.data && !p.initial_state.data &&
+           !p.final_state.data;
   if (p.cu_seqlens.data) {
     const PackedRows rows{p};
     const int64_t next = rows.first_from(t + 1);
@@ -63,7 +65,8 @@ __device__ bool is_plain(const CausalConv1dFwdParams& p, int64_t batch, int64_t 
   return true;
 }
 
-// --- Channels contiguous ---------------------------------------------------------------------------
+// --- Channels contiguous
+// ---------------------------------------------------------------------------
 
 constexpr int64_t kMaxBlockL = CONV_BLOCK_L, kMinBlockL = 8;
 
@@ -153,14 +156,15 @@ __global__ void __launch_bounds__(kThreads, CONV_MINB)
   }
 }
 
-// --- Steps contiguous ------------------------------------------------------------------------------
+// --- Steps contiguous
+// ------------------------------------------------------------------------------
 
 constexpr int kChunks = CONV_CHUNKS;  // of a thread
 
 // How threads lie on rows of steps.
 struct StepsPlan {
-  int lanes_log2;     // threads side by side in a row
-  int64_t row_blocks; // blocks side by side in a row
+  int lanes_log2;      // threads side by side in a row
+  int64_t row_blocks;  // blocks side by side in a row
 };
 
 // A thread has chunks of one channel, each a vector that is aligned in x and out.
@@ -179,8 +183,8 @@ __global__ void __launch_bounds__(kThreads)
   const T* x = static_cast<const T*>(p.x.data) + batch * p.x.stride[0] + d * p.x.stride[1];
   T* out = static_cast<T*>(p.out.data) + batch * p.out.stride[0] + d * p.out.stride[1];
   const int phase = static_cast<int>(reinterpret_cast<uintptr_t>(x) / sizeof(T) % kSteps);
-  const int64_t first = (blockIdx.x % steps.row_blocks * kChunks * lanes + threadIdx.x % lanes) *
-                            kSteps - phase;
+  const int64_t first =
+      (blockIdx.x % steps.row_blocks * kChunks * lanes + threadIdx.x % lanes) * kSteps - phase;
 
   Words<T, kSteps> inputs[kChunks];
   Words<T, kHalo> halo[kChunks];
@@ -201,7 +205,7 @@ __global__ void __launch_bounds__(kThreads)
     if (!plain[c]) {
       if (t < p.seqlen && t + kSteps > 0)
         run_tile<T, 1, kWidth>(p, plan, faults, batch, d, max(t, int64_t{0}),
-                             min(t + kSteps, p.seqlen));
+                               min(t + kSteps, p.seqlen));
       continue;
     }
     float before[kHalo], input[kSteps], result[kSteps];
@@ -221,7 +225,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// --- Launch ----------------------------------------------------------------------------------------
+// --- Launch
+// ----------------------------------------------------------------------------------------
 
 template <typename T>
 void launch_any(const CausalConv1dFwdParams& p, const Exec& exec) {
@@ -254,8 +259,7 @@ bool takes_step_vectors(const CausalConv1dFwdParams& p, int64_t size) {
   const auto distance =
       reinterpret_cast<uintptr_t>(p.x.data) - reinterpret_cast<uintptr_t>(p.out.data);
   return p.width <= kMaxVectorWidth && p.x.stride[2] == 1 && p.out.stride[2] == 1 &&
-         p.seqlen >= size && distance % 16 == 0 &&
-         (p.x.stride[0] - p.out.stride[0]) % size == 0 &&
+         p.seqlen >= size && distance % 16 == 0 && (p.x.stride[0] - p.out.stride[0]) % size == 0 &&
          (p.x.stride[1] - p.out.stride[1]) % size == 0;
 }
 
@@ -263,8 +267,7 @@ template <typename T, int kWidth>
 void launch_steps(const CausalConv1dFwdParams& p, const Exec& exec) {
   constexpr int64_t kSteps = kVectorSize<T>;
   const CausalConv1dFwdPlan plan = plan_for(p, 1);
-  const bool rows_aligned =
-      has_vectors(p.x.data, p.dtype, kSteps, p.x.stride[0], p.x.stride[1]);
+  const bool rows_aligned = has_vectors(p.x.data, p.dtype, kSteps, p.x.stride[0], p.x.stride[1]);
   const int64_t chunks = ceil_div(p.seqlen + (rows_aligned ? 0 : kSteps - 1), kSteps);
   StepsPlan steps{};
   while ((1 << steps.lanes_log2) < kThreads && (kChunks << steps.lanes_log2) < chunks)

@@ -1,5 +1,5 @@
-// The causal convolution of a few channels over a tile of steps, by one thread: a window slides over
-// the inputs. Here is also where sequences begin and end, and what they leave as their states.
+// The causal convolution of a few channels over a tile of steps, by one thread: a window slides
+// over the inputs. Here is also where sequences begin and end, and what they leave as their states.
 #pragma once
 
 #include "causal_conv1d_taps.cuh"
@@ -139,7 +139,8 @@ class CausalConv1dTile {
     float values[kChannels];
     to_floats(entry, values);
 #pragma unroll
-    for (int i = 0; i < kChannels; ++i) state[i * p.final_state.stride[1]] = from_float<T>(values[i]);
+    for (int i = 0; i < kChannels; ++i)
+      state[i * p.final_state.stride[1]] = from_float<T>(values[i]);
   }
 
   // The last state_len of (initial, x). Where they share their memory, what is written has been

@@ -37,8 +37,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int k = 0; k < kHistory; ++k) {
       const int64_t place = next - kHistory + k;
-      window[k] = load_words<kChannels>(
-          initial + (place < 0 ? place + p.state_len : place) * p.initial_state.stride[2]);
+      window[k] = load_words<kChannels>(initial + (place < 0 ? place + p.state_len : place) *
+                                                      p.initial_state.stride[2]);
     }
   const CausalConv1dTaps<T, kChannels, kWidth> taps(p, plan, d);
 
@@ -91,8 +91,8 @@ void launch(const CausalConv1dFwdParams& p, const Exec& exec) {
 }  // namespace
 
 bool is_causal_conv1d_update(const CausalConv1dFwdParams& p) {
-  return p.seqlen <= kMaxUpdateSteps && p.width <= kMaxVectorWidth && !p.cu_seqlens &&
-         !p.seq_idx && (p.initial_state || p.final_state);
+  return p.seqlen <= kMaxUpdateSteps && p.width <= kMaxVectorWidth && !p.cu_seqlens && !p.seq_idx &&
+         (p.initial_state || p.final_state);
 }
 
 void launch_causal_conv1d_update(const CausalConv1dFwdParams& p, const Exec& exec) {

@@ -10,7 +10,11 @@ namespace ssmcore::cuda {
 bool is_state_update(const SelectiveScanFwdParams& params);
 void selective_state_update_fwd(const SelectiveScanFwdParams& params, const Exec& exec);
 
-// Everything else: any form of A, B and C, any option.
+// Where everything is float64: for checking.
+void selective_scan_fwd_float64(const SelectiveScanFwdParams& params, const Exec& exec);
+
+// Everything else: any form of A, B and C, any option. Throws Error(unsupported) for dstate beyond
+// 256.
 void selective_scan_general_fwd(const SelectiveScanFwdParams& params, const Exec& exec);
 
 }  // namespace ssmcore::cuda
