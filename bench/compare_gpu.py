@@ -3,8 +3,8 @@
     python bench/compare_gpu.py [--quick] [--out FOLDER]
 
 Inputs are random torch tensors; mamba_ssm and causal_conv1d are measured where they are installed.
-A time is the median of 20 calls by CUDA events, on a cold L2 and with the queue kept full, so that
-the host's part does not count; all packages take turns. Prints a table in Markdown and writes
+A time is the median of 20 calls by CUDA events, on a cold L2 and launched while the GPU still waits,
+so that the host's part does not count; all packages take turns. Prints a table in Markdown and writes
 results.json with every sample and, with matplotlib, crossover.png and crossover.svg: time against
 sequence length. --quick leaves out what takes longest.
 """
@@ -203,17 +203,23 @@ class Timer:
     """Device times by CUDA events."""
 
     def __init__(self) -> None:
-        self._overwritten = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+        self._source = uniform(-1, 1, 2**26, dtype=torch.float32)
+        self._target = torch.empty_like(self._source)
 
     def _time(self, call: Call) -> float:
         """The ms of one call."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._overwritten.zero_()  # more than any L2 holds
-        torch.cuda._sleep(2_000_000)  # about a millisecond, in which the host runs ahead
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
+        for cycles in (1e6, 4e6, 16e6):
+            # 256 MiB, more than any L2 holds: it then has what an operator before would leave.
+            self._target.copy_(self._source)
+            torch.cuda._sleep(int(cycles))
+            start.record()
+            call()
+            end.record()
+            host_was_ahead = not start.query()
+            end.synchronize()
+            if host_was_ahead:
+                break
         return start.elapsed_time(end)
 
     def samples(

@@ -97,8 +97,8 @@ inline double median_seconds(const nvbench::state& state) {
   return state.get_summary("nv/cold/time/gpu/median").get_float64("value");
 }
 
-// Calls an operator over and over on a cold L2, in a workspace of the size it asks for, and adds to
-// NVBench's own columns what the median device time makes of `elements` and `bytes`.
+// Calls an operator over and over, in a workspace of the size it asks for, and adds to NVBench's own
+// columns what the median device time on a cold L2 makes of `elements` and `bytes`.
 template <typename Args>
 void measure(nvbench::state& state, const Context& context,
              size_t (*workspace_size)(const Args&, const Context&),
@@ -106,7 +106,7 @@ void measure(nvbench::state& state, const Context& context,
              double bytes) {
   const Buffer workspace(context.allocator(), workspace_size(args, context), "a benchmark");
   const std::string name = range_name(state);
-  state.exec(nvbench::exec_tag::gpu | nvbench::exec_tag::no_batch, [&](nvbench::launch& launch) {
+  state.exec(nvbench::exec_tag::gpu, [&](nvbench::launch& launch) {
     const nvtx3::scoped_range_in<NvtxDomain> range(name);
     op(args, Exec{context, launch.get_stream(), workspace.data(), workspace.bytes()});
   });
