@@ -12,96 +12,139 @@ template <typename T>
 struct Plane {
   T* data;
   int64_t stride_row, stride_t;
-  bool vectors;  // pieces may be moved as 16 bytes or as pairs of rows
+  bool vectors;  // pieces may be moved as 16 bytes, or as pairs of rows
 };
 
-// Eight steps of one row where `along_steps`, for planes contiguous in time; otherwise four steps
-// of two rows, for planes whose rows are neighbours.
-template <typename T>
-struct Piece {
-  T value[8];
-
-  __device__ static int row(bool along_steps, int i) { return along_steps ? 0 : i / 4; }
-  __device__ static int step(bool along_steps, int i) { return along_steps ? i : i % 4; }
-};
-
-// `begins_aligned`: pieces begin at multiples of eight steps from the plane's first.
-template <typename T>
-__device__ inline bool vectors_fit(const Plane<T>& plane, bool along_steps, bool begins_aligned) {
-  const int64_t fast = along_steps ? plane.stride_t : plane.stride_row;
-  const int64_t slow = along_steps ? plane.stride_row : plane.stride_t;
-  const int64_t bytes = along_steps ? 16 : 2 * sizeof(T);
-  return fast == 1 && slow * static_cast<int64_t>(sizeof(T)) % bytes == 0 &&
-         reinterpret_cast<uintptr_t>(plane.data) % bytes == 0 && (begins_aligned || !along_steps);
+__device__ __forceinline__ float low_half(uint32_t word, bfloat16) {
+  return __uint_as_float(word << 16);
+}
+__device__ __forceinline__ float high_half(uint32_t word, bfloat16) {
+  return __uint_as_float(word & 0xffff0000u);
+}
+__device__ __forceinline__ float low_half(uint32_t word, float16) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(word)));
+}
+__device__ __forceinline__ float high_half(uint32_t word, float16) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(word >> 16)));
 }
 
-// What lies beyond `rows` and `steps`, counted from (row, t), is 0.
-template <typename T>
-__device__ __forceinline__ void load_piece(const Plane<const T>& plane, bool along_steps,
-                                           int64_t row, int64_t t, int64_t rows, int64_t steps,
-                                           Piece<T>& piece) {
-  const T* from = plane.data + row * plane.stride_row + t * plane.stride_t;
-  if (along_steps) {
-    if (plane.vectors && rows > 0 && steps >= 8) {
-      constexpr int kSize = kVectorSize<T> < 8 ? kVectorSize<T> : 8;
+// Two fours of neighbouring steps. Where kAlongSteps they are eight steps of one row, for planes
+// contiguous in time; otherwise four steps of two rows, for planes whose rows are neighbours.
+// Elements stay as they lie in memory until they are used, so that loads need not be waited for.
+template <typename T, bool kAlongSteps>
+struct Piece {
+  static constexpr int kWords = 2 * sizeof(T);
+  uint32_t word[kWords];
+
+  // Which of the eight, in memory's order.
+  __device__ static constexpr int index(int four, int i) {
+    return kAlongSteps ? 4 * four + i : 2 * i + four;
+  }
+
+  __device__ __forceinline__ float get(int four, int i) const {
+    const int at = index(four, i);
+    if constexpr (sizeof(T) == 4)
+      return __uint_as_float(word[at]);
+    else
+      return at % 2 == 0 ? low_half(word[at / 2], T()) : high_half(word[at / 2], T());
+  }
+
+  // From eight values in memory's order.
+  __device__ __forceinline__ void set(const float (&value)[8]) {
 #pragma unroll
-      for (int i = 0; i < 8; i += kSize) {
-        const auto vector = load_vector<kSize>(from + i);
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) piece.value[i + j] = vector.value[j];
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < 8; ++i)
-        piece.value[i] = rows > 0 && i < steps ? from[i * plane.stride_t] : from_float<T>(0);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const T* at = from + i * plane.stride_t;
-      if (plane.vectors && rows > 1 && i < steps) {
-        const auto pair = load_vector<2>(at);
-        piece.value[i] = pair.value[0];
-        piece.value[4 + i] = pair.value[1];
+    for (int i = 0; i < kWords; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        word[i] = __float_as_uint(value[i]);
       } else {
-        piece.value[i] = rows > 0 && i < steps ? at[0] : from_float<T>(0);
-        piece.value[4 + i] = rows > 1 && i < steps ? at[plane.stride_row] : from_float<T>(0);
+        const Vector<T, 2> pair{from_float<T>(value[2 * i]), from_float<T>(value[2 * i + 1])};
+        word[i] = *reinterpret_cast<const uint32_t*>(&pair);
       }
     }
   }
+};
+
+// `begins_aligned`: pieces begin at multiples of eight steps from the plane's first.
+template <bool kAlongSteps, typename T>
+__device__ inline bool vectors_fit(const Plane<T>& plane, bool begins_aligned) {
+  const int64_t fast = kAlongSteps ? plane.stride_t : plane.stride_row;
+  const int64_t slow = kAlongSteps ? plane.stride_row : plane.stride_t;
+  const int64_t bytes = kAlongSteps ? 16 : 2 * sizeof(T);
+  return fast == 1 && slow <= INT32_MAX && slow * static_cast<int64_t>(sizeof(T)) % bytes == 0 &&
+         reinterpret_cast<uintptr_t>(plane.data) % bytes == 0 && (begins_aligned || !kAlongSteps);
 }
 
-template <typename T>
-__device__ __forceinline__ void store_piece(const Plane<T>& plane, bool along_steps, int64_t row,
-                                            int64_t t, int64_t rows, int64_t steps,
-                                            const Piece<T>& piece) {
-  T* to = plane.data + row * plane.stride_row + t * plane.stride_t;
-  if (along_steps) {
-    if (plane.vectors && rows > 0 && steps >= 8) {
-      constexpr int kSize = kVectorSize<T> < 8 ? kVectorSize<T> : 8;
+// What lies beyond `rows` and `steps`, counted from (row, t), is 0.
+template <typename T, bool kAlongSteps>
+__device__ __forceinline__ void load_piece(const Plane<const T>& plane, int row, int64_t t,
+                                           int rows, int steps, Piece<T, kAlongSteps>& piece) {
+  const T* from = plane.data + row * plane.stride_row + t * plane.stride_t;
+  if (plane.vectors && rows > (kAlongSteps ? 0 : 1) && steps >= (kAlongSteps ? 8 : 4)) {
+    if constexpr (kAlongSteps) {
 #pragma unroll
-      for (int i = 0; i < 8; i += kSize) {
-        Vector<T, kSize> vector;
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) vector.value[j] = piece.value[i + j];
-        store_vector(to + i, vector);
+      for (int i = 0; i < piece.kWords; i += 4) {
+        const uint4 v = __ldg(reinterpret_cast<const uint4*>(from) + i / 4);
+        piece.word[i] = v.x;
+        piece.word[i + 1] = v.y;
+        piece.word[i + 2] = v.z;
+        piece.word[i + 3] = v.w;
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < 8; ++i)
-        if (rows > 0 && i < steps) to[i * plane.stride_t] = piece.value[i];
+      for (int i = 0; i < 4; ++i) {
+        const T* pair = from + i * static_cast<uint32_t>(plane.stride_t);
+        if constexpr (sizeof(T) == 4) {
+          const uint2 v = __ldg(reinterpret_cast<const uint2*>(pair));
+          piece.word[2 * i] = v.x;
+          piece.word[2 * i + 1] = v.y;
+        } else {
+          piece.word[i] = __ldg(reinterpret_cast<const uint32_t*>(pair));
+        }
+      }
+    }
+  } else {
+    float value[8];
+#pragma unroll
+    for (int four = 0; four < 2; ++four)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int r = kAlongSteps ? 0 : four, step = kAlongSteps ? 4 * four + i : i;
+        value[piece.index(four, i)] =
+            r < rows && step < steps ? to_float(from[r * plane.stride_row + step * plane.stride_t])
+                                     : 0.0f;
+      }
+    piece.set(value);
+  }
+}
+
+template <typename T, bool kAlongSteps>
+__device__ __forceinline__ void store_piece(const Plane<T>& plane, int row, int64_t t, int rows,
+                                            int steps, const Piece<T, kAlongSteps>& piece) {
+  T* to = plane.data + row * plane.stride_row + t * plane.stride_t;
+  if (plane.vectors && rows > (kAlongSteps ? 0 : 1) && steps >= (kAlongSteps ? 8 : 4)) {
+    if constexpr (kAlongSteps) {
+#pragma unroll
+      for (int i = 0; i < piece.kWords; i += 4)
+        reinterpret_cast<uint4*>(to)[i / 4] =
+            make_uint4(piece.word[i], piece.word[i + 1], piece.word[i + 2], piece.word[i + 3]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        T* pair = to + i * static_cast<uint32_t>(plane.stride_t);
+        if constexpr (sizeof(T) == 4)
+          *reinterpret_cast<uint2*>(pair) = make_uint2(piece.word[2 * i], piece.word[2 * i + 1]);
+        else
+          *reinterpret_cast<uint32_t*>(pair) = piece.word[i];
+      }
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      T* at = to + i * plane.stride_t;
-      if (plane.vectors && rows > 1 && i < steps) {
-        store_vector(at, Vector<T, 2>{piece.value[i], piece.value[4 + i]});
-      } else {
-        if (rows > 0 && i < steps) at[0] = piece.value[i];
-        if (rows > 1 && i < steps) at[plane.stride_row] = piece.value[4 + i];
+    for (int four = 0; four < 2; ++four)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int r = kAlongSteps ? 0 : four, step = kAlongSteps ? 4 * four + i : i;
+        if (r < rows && step < steps)
+          to[r * plane.stride_row + step * plane.stride_t] = from_float<T>(piece.get(four, i));
       }
-    }
   }
 }
 
