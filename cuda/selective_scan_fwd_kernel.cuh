@@ -20,54 +20,53 @@
 
 namespace ssmcore::cuda {
 
-inline constexpr int kScanThreads = 128, kStagingThreads = 128;
+inline constexpr int kScanThreads = 128;
 
 // How a block shares its work; see above.
-template <int channels, int states, int lanes, int block_l>
+template <int channels, int states, int lanes, int block_l, int staging_threads>
 struct ScanShape {
   static constexpr int kChannels = channels, kStates = states, kLanes = lanes, kBlockL = block_l;
+  static constexpr int kStagingThreads = staging_threads;
+  static constexpr int kThreads = kScanThreads + kStagingThreads;
   static constexpr int kBlockD = kChannels * kScanThreads / kLanes;
   static constexpr int kDstate = kStates * kLanes;  // at most
 
-  // Floats in shared memory. The odd number of fours in a row, and in the rows of a lane, keeps
-  // neighbouring threads in different banks.
+  // Floats in shared memory. The paddings keep threads that read fours together in different banks.
   static constexpr int kRow = kBlockL + 4;
-  static constexpr int kChannelRows = kBlockD * (kLanes < 2 ? 2 : kLanes);
+  static constexpr int kParts = kLanes < 2 ? 2 : kLanes;
+  static constexpr int kChannelRows = kParts * kRow + (kLanes == 1 ? 4 : kLanes >= 8 ? 8 : 0);
   static constexpr int kLaneRows = kStates * kRow + (kStates % 2 == 0 ? 4 : 0);
-  static constexpr int kStage = kChannelRows * kRow + 2 * kLanes * kLaneRows;
-  static constexpr int kFloats = 2 * kStage + 2 * kBlockD;
-  static constexpr size_t kSharedBytes = sizeof(float) * kFloats;
+  static constexpr int kStage = kBlockD * kChannelRows + 2 * kLanes * kLaneRows;
+  static constexpr size_t kSharedBytes = 2 * sizeof(float) * kStage;
 
   // Row `r` of Δ (part 0) and Δu (part 1) in a stage; then of what lane 0 (part 1), 1 (part 0), 2
   // (part 2), … adds to y.
   __device__ static float* cells(float* stage, int part, int r) {
-    return stage + (part * kBlockD + r) * kRow;
+    return stage + r * kChannelRows + part * kRow;
   }
   __device__ static int part_of_lane(int lane) { return lane < 2 ? 1 - lane : lane; }
   // Rows of B (0) or C (1) of a lane: its states are lane, lane + kLanes, …
   __device__ static float* coefficients(float* stage, int which, int lane) {
-    return stage + kChannelRows * kRow + (which * kLanes + lane) * kLaneRows;
+    return stage + kBlockD * kChannelRows + (which * kLanes + lane) * kLaneRows;
   }
 };
 
 namespace {
 
-// Steps that are staged together; none reaches over the end of a chunk.
-struct Tile {
-  int64_t begin = 0, chunk_end = 0;
-  int steps = 0;
-};
+// Cuts a row into tiles, none of which reaches over the end of a chunk.
+struct Tiles {
+  int64_t row_left, chunk_left, chunk_size;
 
-// `condition ? a : b` of values: of objects it would be an address, and they in memory.
-__device__ __forceinline__ Tile select(bool condition, const Tile& a, const Tile& b) {
-  return {condition ? a.begin : b.begin, condition ? a.chunk_end : b.chunk_end,
-          condition ? a.steps : b.steps};
-}
-template <typename T>
-__device__ __forceinline__ Plane<T> select(bool condition, const Plane<T>& a, const Plane<T>& b) {
-  return {condition ? a.data : b.data, condition ? a.stride_row : b.stride_row,
-          condition ? a.stride_t : b.stride_t, condition ? a.vectors : b.vectors};
-}
+  // Steps of the next tile; 0 after the last.
+  template <int kBlockL>
+  __device__ __forceinline__ int next() {
+    if (chunk_left == 0) chunk_left = min(chunk_size, row_left);
+    const int steps = static_cast<int>(min(int64_t{kBlockL}, chunk_left));
+    chunk_left -= steps;
+    row_left -= steps;
+    return steps;
+  }
+};
 
 struct Four {
   float value[4];
@@ -96,17 +95,8 @@ struct Block {
   int channels;
   bool along_steps;  // how its pieces lie
 
-  __device__ int64_t chunk_size() const {
-    return p.chunk_states.data ? p.chunk_size : row.length;
-  }
-  template <int kBlockL>
-  __device__ Tile tile_at(int64_t begin, int64_t chunk_end) const {
-    if (begin == chunk_end) chunk_end = min(begin + chunk_size(), row.length);
-    return {begin, chunk_end, static_cast<int>(min(int64_t{kBlockL}, chunk_end - begin))};
-  }
-  template <int kBlockL>
-  __device__ Tile tile_after(const Tile& tile) const {
-    return tile_at<kBlockL>(tile.begin + tile.steps, tile.chunk_end);
+  __device__ Tiles tiles() const {
+    return {row.length, 0, p.chunk_states.data ? p.chunk_size : row.length};
   }
 
   // The channel that row `r` of a stage holds. Those of a pair are half the rows apart.
@@ -115,14 +105,14 @@ struct Block {
     return along_steps ? r : 2 * (r % (kBlockD / 2)) + r / (kBlockD / 2);
   }
 
-  template <bool kAlongSteps, typename T>
-  __device__ Plane<T> plane(const Strided<4>& operand, int64_t at1, int64_t at2) const {
-    Plane<T> plane{static_cast<T*>(operand.data) + row.batch * operand.stride[0] +
-                       at1 * operand.stride[1] + at2 * operand.stride[2] +
-                       row.begin * operand.stride[3],
-                   operand.stride[2], operand.stride[3], false};
-    plane.vectors = vectors_fit<kAlongSteps>(plane, !p.chunk_states.data || p.chunk_size % 8 == 0);
-    return plane;
+  // At row `r` and step t of an operand (batch, .., rows, steps).
+  template <typename Cursor>
+  __device__ Cursor cursor(const Strided<4>& operand, int64_t at, int64_t r, int64_t t) const {
+    using T = std::remove_pointer_t<decltype(Cursor::at)>;
+    return {static_cast<T*>(operand.data) + row.batch * operand.stride[0] +
+                at * operand.stride[1] + r * operand.stride[2] +
+                (row.begin + t) * operand.stride[3],
+            operand.stride[2], operand.stride[3]};
   }
 };
 
@@ -136,180 +126,237 @@ __device__ __forceinline__ float float_at(const Strided<2>& operand, int64_t hea
 template <typename T, typename Shape, bool kAlongSteps>
 struct Staging {
   using Piece = cuda::Piece<T, kAlongSteps>;
-  static constexpr int kPieces = Shape::kBlockD * Shape::kBlockL / 8;
-  // Of B and C together.
-  static constexpr int kCoefficients = 2 * Shape::kDstate * Shape::kBlockL / 8;
-  static constexpr int kOwnCoefficients = (kCoefficients - 1) / kStagingThreads + 1;
+  using Input = Cursor<const T, kAlongSteps>;
+  using Output = Cursor<T, kAlongSteps>;
+  static constexpr int kBlockL = Shape::kBlockL, kThreads = Shape::kStagingThreads;
+
+  // Pieces across the rows and along the steps of a tile; from one piece of a thread to its next.
+  template <int kRows>
+  struct Cut {
+    static constexpr int kAcross = kRows / Piece::kRows, kAlong = kBlockL / Piece::kSteps;
+    static constexpr int kOwn = (kAcross * kAlong + kThreads - 1) / kThreads;
+    static constexpr int kNextRow = kAlongSteps ? kThreads / kAlong : 0;
+    static constexpr int kNextStep = kAlongSteps ? 0 : kThreads / kAcross * Piece::kSteps;
+    __device__ static int row(int thread) {
+      return kAlongSteps ? thread / kAlong : thread % kAcross * 2;
+    }
+    __device__ static int step(int thread) {
+      return kAlongSteps ? thread % kAlong * Piece::kSteps : thread / kAcross * Piece::kSteps;
+    }
+  };
+  using Channels = Cut<Shape::kBlockD>;
+  using States = Cut<2 * Shape::kDstate>;  // of B, then of C
+  static_assert(Channels::kAcross * Channels::kAlong % kThreads == 0);
 
   const Block& block;
   const SelectiveScanFwdParams& p;
-  float* shared;
-  const float *bias, *D;  // in shared memory
-  const int thread;
-  Plane<const T> u, delta, z, B, C;
-  Plane<T> out;
+  float* const shared;
+  const int d, t;    // of the first piece
+  const int n, t_n;  // of the first piece of B or C
+  bool is_fast, is_fast_n;
+  float bias[kAlongSteps ? Channels::kOwn : 2], D[kAlongSteps ? Channels::kOwn : 2];
+  Input u, delta, finished_u, z, B, C;
+  Output out;
 
   __device__ Staging(const Block& block, float* shared, int thread)
       : block(block),
         p(block.p),
         shared(shared),
-        bias(shared + 2 * Shape::kStage),
-        D(bias + Shape::kBlockD),
-        thread(thread) {
-    const int64_t group = block.head / (p.nheads / p.ngroups);
-    u = block.plane<kAlongSteps, const T>(p.u, block.head, block.first_d);
-    delta = block.plane<kAlongSteps, const T>(p.delta, block.head, block.first_d);
-    if (p.z.data) z = block.plane<kAlongSteps, const T>(p.z, block.head, block.first_d);
-    out = block.plane<kAlongSteps, T>(p.out, block.head, block.first_d);
-    B = block.plane<kAlongSteps, const T>(p.B, group, 0);
-    C = block.plane<kAlongSteps, const T>(p.C, group, 0);
+        d(Channels::row(thread)),
+        t(Channels::step(thread)),
+        n(States::row(thread)),
+        t_n(States::step(thread)) {
+    const int64_t group = block.head / (p.nheads / p.ngroups), first_d = block.first_d + d;
+    u = finished_u = block.cursor<Input>(p.u, block.head, first_d, t);
+    delta = block.cursor<Input>(p.delta, block.head, first_d, t);
+    z = block.cursor<Input>(p.z, block.head, first_d, t);
+    out = block.cursor<Output>(p.out, block.head, first_d, t);
+    B = block.cursor<Input>(p.B, group, n, t_n);
+    C = block.cursor<Input>(p.C, group, n - Shape::kDstate, t_n);
+    const bool begins_aligned = !kAlongSteps || !p.chunk_states.data || p.chunk_size % 8 == 0;
+    constexpr int kRowsUsed = (Channels::kOwn - 1) * Channels::kNextRow + Piece::kRows;
+    is_fast = begins_aligned && d + kRowsUsed <= block.channels && u.is_aligned() &&
+              delta.is_aligned() && (!p.z.data || z.is_aligned()) && out.is_aligned();
+    is_fast_n = begins_aligned && p.dstate == Shape::kDstate && B.is_aligned() && C.is_aligned();
+#pragma unroll
+    for (int i = 0; i < (kAlongSteps ? Channels::kOwn : 2); ++i) {
+      const int at = d + (kAlongSteps ? i * Channels::kNextRow : i);
+      const bool exists = at < block.channels;
+      bias[i] = exists && p.delta_bias.data
+                    ? float_at(p.delta_bias, block.head, block.first_d + at)
+                    : 0.0f;
+      D[i] = exists && p.D.data ? float_at(p.D, block.head, block.first_d + at) : 0.0f;
+    }
   }
 
-  // A piece's first channel and step, its first row, and from there to its second four.
-  struct Place {
-    int d, t, r, next_d, next_t, next_r;
+  // What a thread has loaded of a tile for a stage to come.
+  struct Loaded {
+    Piece piece[Channels::kOwn];
   };
-  __device__ static Place place(int piece) {
-    constexpr int kPerRow = Shape::kBlockL / 8, kHalf = Shape::kBlockD / 2;
-    if (kAlongSteps) return {piece / kPerRow, piece % kPerRow * 8, piece / kPerRow, 0, 4, 0};
-    return {piece % kHalf * 2, piece / kHalf * 4, piece % kHalf, 1, 0, kHalf};
+  struct LoadedCoefficients {
+    Piece piece[States::kOwn];
+  };
+
+  __device__ __forceinline__ void load(const Input& input, int steps, Loaded& loaded) const {
+#pragma unroll
+    for (int i = 0; i < Channels::kOwn; ++i) {
+      const int rows = i * Channels::kNextRow, at = i * Channels::kNextStep;
+      if (is_fast && steps == kBlockL)
+        input.load(rows, at, loaded.piece[i]);
+      else
+        loaded.piece[i] =
+            Input::load_some(input, rows, at, block.channels - d - rows, steps - t - at);
+    }
   }
 
-  __device__ __forceinline__ void load(const Plane<const T>& plane, const Tile& tile, int piece,
-                       Piece& loaded) const {
-    const Place at = place(piece);
-    load_piece(plane, at.d, tile.begin + at.t, block.channels - at.d, tile.steps - at.t, loaded);
-  }
-
-  // Pieces are loaded one ahead of their use: the first of a tile while the tile before is scanned.
   __device__ __forceinline__ void run() {
-    Tile before, finished, staged, next = block.tile_at<Shape::kBlockL>(0, 0);
-    Piece staged_u, staged_delta, finished_u, finished_z, coefficients[kOwnCoefficients];
-    load(u, next, thread, staged_u);
-    load(delta, next, thread, staged_delta);
-    load_coefficients(next, coefficients);
-    float* stage = shared;
+    Tiles tiles = block.tiles();
+    int before = 0, finished = 0, staged = 0, next = tiles.next<kBlockL>();
+    Loaded next_u, next_delta, last_u, last_z;
+    LoadedCoefficients next_coefficients;
+    const auto load_next = [&] {
+      load(u, next, next_u);
+      load(delta, next, next_delta);
+      load_coefficients(next, next_coefficients);
+      u.advance(next);
+      delta.advance(next);
+      B.advance(next);
+      C.advance(next);
+    };
+    load_next();
     for (bool odd = false;; odd = !odd) {
       before = finished;
       finished = staged;
       staged = next;
-      if (staged.steps + finished.steps + before.steps == 0) break;
-      next = block.tile_after<Shape::kBlockL>(staged);
-      stage = shared + (odd ? Shape::kStage : 0);
-      for (int piece = thread; piece < kPieces; piece += kStagingThreads) {
-        const bool last = piece + kStagingThreads >= kPieces;
-        const int next_piece = last ? thread : piece + kStagingThreads;
-        if (before.steps > 0) finish(stage, before, piece, finished_u, finished_z);
-        const Tile to_finish = select(last, finished, before);
-        if (to_finish.steps > 0) {
-          load(u, to_finish, next_piece, finished_u);
-          if (p.z.data) load(z, to_finish, next_piece, finished_z);
-        }
-        if (staged.steps > 0) {
-          convert(stage, staged, piece, staged_u, staged_delta);
-          load(u, select(last, next, staged), next_piece, staged_u);
-          load(delta, select(last, next, staged), next_piece, staged_delta);
+      if (staged + finished + before == 0) break;
+      next = tiles.next<kBlockL>();
+      float* stage = shared + (odd ? Shape::kStage : 0);
+      if (before > 0) {
+        finish(stage, before, last_u, last_z);
+        out.advance(before);
+      }
+      if (finished > 0) {
+        load(finished_u, finished, last_u);
+        finished_u.advance(finished);
+        if (p.z.data) {
+          load(z, finished, last_z);
+          z.advance(finished);
         }
       }
-      if (staged.steps > 0) {
-        stage_coefficients(stage, coefficients);
-        load_coefficients(next, coefficients);
+      if (staged > 0) {
+        stage_coefficients(stage, next_coefficients);
+        convert(stage, staged, next_u, next_delta);
+        if (next > 0) load_next();
       }
-      if (staged.steps + finished.steps > 0) __syncthreads();
+      if (staged + finished > 0) __syncthreads();
     }
   }
 
-  __device__ __forceinline__ void convert(float* stage, const Tile& tile, int piece, const Piece& piece_u,
-                          const Piece& piece_delta) const {
-    const Place at = place(piece);
+  // The row in a stage, and the step, of a four.
+  __device__ static __forceinline__ int row_of(int d, int i, int four) {
+    return kAlongSteps ? d + i * Channels::kNextRow : d / 2 + four * (Shape::kBlockD / 2);
+  }
+  __device__ static __forceinline__ int step_of(int t, int i, int four) {
+    return t + i * Channels::kNextStep + (kAlongSteps ? 4 * four : 0);
+  }
+
+  __device__ __forceinline__ void convert(float* stage, int steps, const Loaded& u,
+                                          const Loaded& delta) const {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int r = at.r + half * at.next_r, t = at.t + half * at.next_t;
-      const float bias_d = bias[at.d + half * at.next_d];
-      Four dt, dt_u;
+    for (int i = 0; i < Channels::kOwn; ++i) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float x = piece_delta.get(half, i) + bias_d;
-        dt.value[i] = p.delta_softplus ? softplus(x) : x;
+      for (int four = 0; four < 2; ++four) {
+        const int at = step_of(t, i, four);
+        float* cells = Shape::cells(stage, 0, row_of(d, i, four)) + at;
+        Four dt, dt_u;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float x = delta.piece[i].get(four, j) + bias[kAlongSteps ? i : four];
+          dt.value[j] = p.delta_softplus ? softplus(x) : x;
+        }
+        if (steps < kBlockL) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j)  // such steps leave the states as they are
+            if (at + j >= steps) dt.value[j] = 0;
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) dt_u.value[j] = dt.value[j] * u.piece[i].get(four, j);
+        store_four(cells, dt);
+        store_four(cells + Shape::kRow, dt_u);
       }
-      if (tile.steps < Shape::kBlockL) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)  // such steps leave the states as they are
-          if (t + i >= tile.steps) dt.value[i] = 0;
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        dt_u.value[i] = dt.value[i] * piece_u.get(half, i);
-      store_four(Shape::cells(stage, 0, r) + t, dt);
-      store_four(Shape::cells(stage, 1, r) + t, dt_u);
     }
   }
 
-  __device__ __forceinline__ void finish(float* stage, const Tile& tile, int piece, const Piece& piece_u,
-                         const Piece& piece_z) const {
-    const Place at = place(piece);
-    float value[8];
+  __device__ __forceinline__ void finish(float* stage, int steps, const Loaded& u,
+                                         const Loaded& z) const {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int r = at.r + half * at.next_r, t = at.t + half * at.next_t;
-      const float D_d = D[at.d + half * at.next_d];
-      Four y = load_four(Shape::cells(stage, 1, r) + t);
+    for (int i = 0; i < Channels::kOwn; ++i) {
+      float value[8];
 #pragma unroll
-      for (int lane = 1; lane < Shape::kLanes; ++lane) {
-        const Four more = load_four(Shape::cells(stage, Shape::part_of_lane(lane), r) + t);
+      for (int four = 0; four < 2; ++four) {
+        const float* cells =
+            Shape::cells(stage, 0, row_of(d, i, four)) + step_of(t, i, four);
+        Four y = load_four(cells + Shape::kRow);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) y.value[i] += more.value[i];
+        for (int lane = 1; lane < Shape::kLanes; ++lane) {
+          const Four more = load_four(cells + (lane == 1 ? 0 : lane) * Shape::kRow);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) y.value[j] += more.value[j];
+        }
+        if (p.D.data) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j)
+            y.value[j] += D[kAlongSteps ? i : four] * u.piece[i].get(four, j);
+        }
+        if (p.z.data) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) y.value[j] *= silu(z.piece[i].get(four, j));
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) value[Piece::index(four, j)] = y.value[j];
       }
-      if (p.D.data) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) y.value[i] += D_d * piece_u.get(half, i);
-      }
-      if (p.z.data) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) y.value[i] *= silu(piece_z.get(half, i));
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) value[Piece::index(half, i)] = y.value[i];
+      Piece piece;
+      piece.set(value);
+      const int rows = i * Channels::kNextRow, at = i * Channels::kNextStep;
+      if (is_fast && steps == kBlockL)
+        out.store(rows, at, piece);
+      else
+        Output::store_some(out, rows, at, block.channels - d - rows, steps - t - at, piece);
     }
-    Piece piece_out;
-    piece_out.set(value);
-    store_piece(out, at.d, tile.begin + at.t, block.channels - at.d, tile.steps - at.t, piece_out);
-  }
-
-  // Where a piece of B or C is from, (dstate, steps), and which of them it is.
-  struct CoefficientPlace {
-    int which, n, t;
-  };
-  __device__ CoefficientPlace coefficient_place(int own) const {
-    constexpr int kPerRow = Shape::kBlockL / 8, kPairs = Shape::kDstate / 2;
-    const int at = thread + own * kStagingThreads, piece = at % (kCoefficients / 2);
-    if (kAlongSteps) return {at / (kCoefficients / 2), piece / kPerRow, piece % kPerRow * 8};
-    return {at / (kCoefficients / 2), piece % kPairs * 2, piece / kPairs * 4};
   }
 
   // 0 for states there are not.
-  __device__ __forceinline__ void load_coefficients(const Tile& tile, Piece (&pieces)[kOwnCoefficients]) const {
+  __device__ __forceinline__ void load_coefficients(int steps, LoadedCoefficients& loaded) const {
 #pragma unroll
-    for (int own = 0; own < kOwnCoefficients; ++own) {
-      const CoefficientPlace at = coefficient_place(own);
-      if (at.which < 2)
-        load_piece(select(at.which == 0, B, C), at.n, tile.begin + at.t,
-                   static_cast<int>(p.dstate) - at.n, tile.steps - at.t, pieces[own]);
+    for (int i = 0; i < States::kOwn; ++i) {
+      const int rows = i * States::kNextRow, at = i * States::kNextStep;
+      const bool is_C = n + rows >= Shape::kDstate;
+      if (n + rows >= 2 * Shape::kDstate || t_n + at >= kBlockL) continue;
+      const Input from{is_C ? C.at : B.at, is_C ? C.stride_row : B.stride_row,
+                       is_C ? C.stride_t : B.stride_t};
+      if (is_fast_n && steps == kBlockL)
+        from.load(rows, at, loaded.piece[i]);
+      else
+        loaded.piece[i] = Input::load_some(
+            from, rows, at, static_cast<int>(p.dstate) - (n + rows) % Shape::kDstate,
+            steps - t_n - at);
     }
   }
 
-  __device__ __forceinline__ void stage_coefficients(float* stage, const Piece (&pieces)[kOwnCoefficients]) const {
+  __device__ __forceinline__ void stage_coefficients(float* stage,
+                                                     const LoadedCoefficients& loaded) const {
 #pragma unroll
-    for (int own = 0; own < kOwnCoefficients; ++own) {
-      const CoefficientPlace at = coefficient_place(own);
-      if (at.which > 1) continue;
+    for (int i = 0; i < States::kOwn; ++i) {
+      const int rows = i * States::kNextRow, at = t_n + i * States::kNextStep;
+      if (n + rows >= 2 * Shape::kDstate || at >= kBlockL) continue;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int n = at.n + (kAlongSteps ? 0 : half), t = at.t + (kAlongSteps ? 4 * half : 0);
-        store_four(Shape::coefficients(stage, at.which, n % Shape::kLanes) +
-                       n / Shape::kLanes * Shape::kRow + t,
-                   {pieces[own].get(half, 0), pieces[own].get(half, 1), pieces[own].get(half, 2),
-                    pieces[own].get(half, 3)});
+      for (int four = 0; four < 2; ++four) {
+        const int row = n + rows + Piece::row(four), state = row % Shape::kDstate;
+        const Piece& piece = loaded.piece[i];
+        store_four(Shape::coefficients(stage, row / Shape::kDstate, state % Shape::kLanes) +
+                       state / Shape::kLanes * Shape::kRow + at + Piece::step(four, 0),
+                   {piece.get(four, 0), piece.get(four, 1), piece.get(four, 2),
+                    piece.get(four, 3)});
       }
     }
   }
@@ -377,20 +424,21 @@ struct Recurrence {
   __device__ __forceinline__ void run() {
     load();
     int64_t chunk = 0;
-    float* stage = shared;
-    Tile tile = block.tile_at<Shape::kBlockL>(0, 0);
-    if (tile.steps > 0) __syncthreads();
-    for (bool odd = false; tile.steps > 0; odd = !odd) {
-      stage = shared + (odd ? Shape::kStage : 0);
-      advance(stage, tile.steps);
-      if (p.chunk_states.data && tile.begin + tile.steps == tile.chunk_end && chunk < p.chunks) {
+    Tiles tiles = block.tiles();
+    int steps = tiles.next<Shape::kBlockL>();
+    if (steps > 0) __syncthreads();
+    for (bool odd = false; steps > 0; odd = !odd) {
+      float* stage = shared + (odd ? Shape::kStage : 0);
+      if (p.delta_sum.data) add_deltas(stage, steps);
+      advance(stage, steps);
+      if (p.chunk_states.data && tiles.chunk_left == 0 && chunk < p.chunks) {
         const Strided<5>& to = p.chunk_states;
         store_states(static_cast<float*>(to.data) + block.row.batch * to.stride[0] +
                          chunk * to.stride[1] + block.head * to.stride[2],
                      to.stride[3], to.stride[4]);
         ++chunk;
       }
-      tile = block.tile_after<Shape::kBlockL>(tile);
+      steps = tiles.next<Shape::kBlockL>();
       __syncthreads();
     }
     if (p.last_state.data && block.row.slot >= 0) {
@@ -464,7 +512,6 @@ struct Recurrence {
             y[k].value[i] += C_s.value[i] * h[k][s];
           }
       }
-      if (p.delta_sum.data) add_deltas(now.dt);
       if (Shape::kLanes > 1) __syncwarp();  // all lanes have read what is now overwritten
 #pragma unroll
       for (int k = 0; k < kChannels; ++k)
@@ -473,14 +520,18 @@ struct Recurrence {
   }
 
   // Kahan's summation: a million tiles lose no more than one.
-  __device__ __forceinline__ void add_deltas(const Four (&dt)[kChannels]) {
+  __device__ __forceinline__ void add_deltas(float* stage, int steps) {
+    for (int t = 0; t < steps; t += 4) {
 #pragma unroll
-    for (int k = 0; k < kChannels; ++k) {
-      const float* d = dt[k].value;
-      const float added = ((d[0] + d[1]) + (d[2] + d[3])) - lost[k], after = delta_sum[k] + added;
-      lost[k] = (after - delta_sum[k]) - added;
-      delta_sum[k] = after;
+      for (int k = 0; k < kChannels; ++k) {
+        const Four dt = load_four(Shape::cells(stage, 0, row(k)) + t);
+        const float sum = (dt.value[0] + dt.value[1]) + (dt.value[2] + dt.value[3]);
+        const float added = sum - lost[k], after = delta_sum[k] + added;
+        lost[k] = (after - delta_sum[k]) - added;
+        delta_sum[k] = after;
+      }
     }
+    __syncwarp();  // before it is overwritten
   }
 };
 
@@ -510,7 +561,7 @@ __device__ inline Row row_at(const SelectiveScanFwdParams& p, int64_t index, uin
 }
 
 template <typename T, typename Shape, int kPolynomials>
-__global__ void __launch_bounds__(kScanThreads + kStagingThreads,
+__global__ void __launch_bounds__(Shape::kThreads,
                                   Shape::kChannels* Shape::kStates > 16 ? 1 : 2)
     selective_scan_fwd_kernel(const __grid_constant__ SelectiveScanFwdParams p, uint32_t* faults) {
   extern __shared__ __align__(16) float shared[];
@@ -523,14 +574,6 @@ __global__ void __launch_bounds__(kScanThreads + kStagingThreads,
                     first_d,
                     static_cast<int>(min(int64_t{Shape::kBlockD}, p.headdim - first_d)),
                     p.u.stride[2] != 1 || p.u.stride[3] == 1};
-  float* bias = shared + 2 * Shape::kStage;
-  float* D = bias + Shape::kBlockD;
-  for (int d = threadIdx.x; d < Shape::kBlockD; d += kScanThreads + kStagingThreads) {
-    const bool exists = d < block.channels;
-    bias[d] = exists && p.delta_bias.data ? float_at(p.delta_bias, block.head, first_d + d) : 0;
-    D[d] = exists && p.D.data ? float_at(p.D, block.head, first_d + d) : 0;
-  }
-  __syncthreads();
   if (threadIdx.x < kScanThreads)
     Recurrence<Shape, kPolynomials>(block, shared, threadIdx.x).run();
   else if (block.along_steps)

@@ -53,7 +53,7 @@ __device__ __forceinline__ float softplus(float x) {
   y = y * e + 0.332754791f;
   y = y * e - 0.499974042f;
   y = y * e + 0.999999821f;
-  return y * e + (x < 0.0f ? 0.0f : x);  // NaN stays
+  return y * e + fmaxf(x, 0.0f);
 }
 
 __device__ __forceinline__ float silu(float x) {

@@ -7,14 +7,6 @@
 
 namespace ssmcore::cuda {
 
-// One sequence's part of an operand, from its first step on.
-template <typename T>
-struct Plane {
-  T* data;
-  int64_t stride_row, stride_t;
-  bool vectors;  // pieces may be moved as 16 bytes, or as pairs of rows
-};
-
 __device__ __forceinline__ float low_half(uint32_t word, bfloat16) {
   return __uint_as_float(word << 16);
 }
@@ -34,9 +26,12 @@ __device__ __forceinline__ float high_half(uint32_t word, float16) {
 template <typename T, bool kAlongSteps>
 struct Piece {
   static constexpr int kWords = 2 * sizeof(T);
+  static constexpr int kRows = kAlongSteps ? 1 : 2, kSteps = 8 / kRows;
   uint32_t word[kWords];
 
-  // Which of the eight, in memory's order.
+  // The row and the step of element `i` of a four, and its place in memory's order.
+  __device__ static constexpr int row(int four) { return kAlongSteps ? 0 : four; }
+  __device__ static constexpr int step(int four, int i) { return kAlongSteps ? 4 * four + i : i; }
   __device__ static constexpr int index(int four, int i) {
     return kAlongSteps ? 4 * four + i : 2 * i + four;
   }
@@ -63,25 +58,33 @@ struct Piece {
   }
 };
 
-// `begins_aligned`: pieces begin at multiples of eight steps from the plane's first.
-template <bool kAlongSteps, typename T>
-__device__ inline bool vectors_fit(const Plane<T>& plane, bool begins_aligned) {
-  const int64_t fast = kAlongSteps ? plane.stride_t : plane.stride_row;
-  const int64_t slow = kAlongSteps ? plane.stride_row : plane.stride_t;
-  const int64_t bytes = kAlongSteps ? 16 : 2 * sizeof(T);
-  return fast == 1 && slow <= INT32_MAX && slow * static_cast<int64_t>(sizeof(T)) % bytes == 0 &&
-         reinterpret_cast<uintptr_t>(plane.data) % bytes == 0 && (begins_aligned || !kAlongSteps);
-}
-
-// What lies beyond `rows` and `steps`, counted from (row, t), is 0.
+// A thread's view of a plane: at the first element of its first piece, and moved on in time.
 template <typename T, bool kAlongSteps>
-__device__ __forceinline__ void load_piece(const Plane<const T>& plane, int row, int64_t t,
-                                           int rows, int steps, Piece<T, kAlongSteps>& piece) {
-  const T* from = plane.data + row * plane.stride_row + t * plane.stride_t;
-  if (plane.vectors && rows > (kAlongSteps ? 0 : 1) && steps >= (kAlongSteps ? 8 : 4)) {
+struct Cursor {
+  using Element = std::remove_const_t<T>;
+  using Piece = cuda::Piece<Element, kAlongSteps>;
+
+  T* at;
+  int64_t stride_row, stride_t;
+
+  // Whether pieces may be moved as 16 bytes, or as pairs of rows, if they begin at multiples of
+  // eight steps from here.
+  __device__ bool is_aligned() const {
+    const int64_t fast = kAlongSteps ? stride_t : stride_row;
+    const int64_t slow = kAlongSteps ? stride_row : stride_t;
+    const int64_t bytes = kAlongSteps ? 16 : 2 * sizeof(T);
+    return fast == 1 && slow * static_cast<int64_t>(sizeof(T)) % bytes == 0 &&
+           reinterpret_cast<uintptr_t>(at) % bytes == 0;
+  }
+
+  __device__ __forceinline__ void advance(int steps) { at += steps * stride_t; }
+
+  // The piece `rows` and `steps` from the first.
+  __device__ __forceinline__ void load(int rows, int steps, Piece& piece) const {
+    const T* from = at + rows * stride_row + steps * stride_t;
     if constexpr (kAlongSteps) {
 #pragma unroll
-      for (int i = 0; i < piece.kWords; i += 4) {
+      for (int i = 0; i < Piece::kWords; i += 4) {
         const uint4 v = __ldg(reinterpret_cast<const uint4*>(from) + i / 4);
         piece.word[i] = v.x;
         piece.word[i + 1] = v.y;
@@ -91,61 +94,70 @@ __device__ __forceinline__ void load_piece(const Plane<const T>& plane, int row,
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const T* pair = from + i * static_cast<uint32_t>(plane.stride_t);
         if constexpr (sizeof(T) == 4) {
-          const uint2 v = __ldg(reinterpret_cast<const uint2*>(pair));
+          const uint2 v = __ldg(reinterpret_cast<const uint2*>(from));
           piece.word[2 * i] = v.x;
           piece.word[2 * i + 1] = v.y;
         } else {
-          piece.word[i] = __ldg(reinterpret_cast<const uint32_t*>(pair));
+          piece.word[i] = __ldg(reinterpret_cast<const uint32_t*>(from));
         }
+        from += stride_t;
       }
     }
-  } else {
-    float value[8];
-#pragma unroll
-    for (int four = 0; four < 2; ++four)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int r = kAlongSteps ? 0 : four, step = kAlongSteps ? 4 * four + i : i;
-        value[piece.index(four, i)] =
-            r < rows && step < steps ? to_float(from[r * plane.stride_row + step * plane.stride_t])
-                                     : 0.0f;
-      }
-    piece.set(value);
   }
-}
 
-template <typename T, bool kAlongSteps>
-__device__ __forceinline__ void store_piece(const Plane<T>& plane, int row, int64_t t, int rows,
-                                            int steps, const Piece<T, kAlongSteps>& piece) {
-  T* to = plane.data + row * plane.stride_row + t * plane.stride_t;
-  if (plane.vectors && rows > (kAlongSteps ? 0 : 1) && steps >= (kAlongSteps ? 8 : 4)) {
+  __device__ __forceinline__ void store(int rows, int steps, const Piece& piece) const {
+    T* to = at + rows * stride_row + steps * stride_t;
     if constexpr (kAlongSteps) {
 #pragma unroll
-      for (int i = 0; i < piece.kWords; i += 4)
+      for (int i = 0; i < Piece::kWords; i += 4)
         reinterpret_cast<uint4*>(to)[i / 4] =
             make_uint4(piece.word[i], piece.word[i + 1], piece.word[i + 2], piece.word[i + 3]);
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        T* pair = to + i * static_cast<uint32_t>(plane.stride_t);
         if constexpr (sizeof(T) == 4)
-          *reinterpret_cast<uint2*>(pair) = make_uint2(piece.word[2 * i], piece.word[2 * i + 1]);
+          *reinterpret_cast<uint2*>(to) = make_uint2(piece.word[2 * i], piece.word[2 * i + 1]);
         else
-          *reinterpret_cast<uint32_t*>(pair) = piece.word[i];
+          *reinterpret_cast<uint32_t*>(to) = piece.word[i];
+        to += stride_t;
       }
     }
-  } else {
+  }
+
+  // The same one by one, of what lies within `rows_left` and `steps_left` of the piece's first; the
+  // rest is 0. Not inlined: rare, and its registers would be missed elsewhere.
+  __device__ __noinline__ static Piece load_some(Cursor cursor, int rows, int steps, int rows_left,
+                                                 int steps_left) {
+    const T* from = cursor.at + rows * cursor.stride_row + steps * cursor.stride_t;
+    float value[8];
 #pragma unroll
     for (int four = 0; four < 2; ++four)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int r = kAlongSteps ? 0 : four, step = kAlongSteps ? 4 * four + i : i;
-        if (r < rows && step < steps)
-          to[r * plane.stride_row + step * plane.stride_t] = from_float<T>(piece.get(four, i));
+        const int row = Piece::row(four), step = Piece::step(four, i);
+        const bool exists = row < rows_left && step < steps_left;
+        value[Piece::index(four, i)] =
+            exists ? to_float(from[row * cursor.stride_row + step * cursor.stride_t]) : 0.0f;
+      }
+    Piece piece;
+    piece.set(value);
+    return piece;
+  }
+
+  __device__ __noinline__ static void store_some(Cursor cursor, int rows, int steps, int rows_left,
+                                                 int steps_left, Piece piece) {
+    T* to = cursor.at + rows * cursor.stride_row + steps * cursor.stride_t;
+#pragma unroll
+    for (int four = 0; four < 2; ++four)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = Piece::row(four), step = Piece::step(four, i);
+        if (row < rows_left && step < steps_left)
+          to[row * cursor.stride_row + step * cursor.stride_t] =
+              from_float<Element>(piece.get(four, i));
       }
   }
-}
+};
 
 }  // namespace ssmcore::cuda
