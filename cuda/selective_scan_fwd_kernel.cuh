@@ -23,28 +23,29 @@ namespace ssmcore::cuda {
 inline constexpr int kScanThreads = 128;
 
 // How a block shares its work; see above.
-template <int channels, int states, int lanes, int block_l, int staging_threads>
+template <int channels, int states, int lanes, int block_l, int staging_threads,
+          int min_blocks>
 struct ScanShape {
   static constexpr int kChannels = channels, kStates = states, kLanes = lanes, kBlockL = block_l;
-  static constexpr int kStagingThreads = staging_threads;
+  static constexpr int kStagingThreads = staging_threads, kMinBlocks = min_blocks;
   static constexpr int kThreads = kScanThreads + kStagingThreads;
   static constexpr int kBlockD = kChannels * kScanThreads / kLanes;
   static constexpr int kDstate = kStates * kLanes;  // at most
 
   // Floats in shared memory. The paddings keep threads that read fours together in different banks.
   static constexpr int kRow = kBlockL + 4;
-  static constexpr int kParts = kLanes < 2 ? 2 : kLanes;
-  static constexpr int kChannelRows = kParts * kRow + (kLanes == 1 ? 4 : kLanes >= 8 ? 8 : 0);
+  static constexpr int kParts = kLanes <= 2 ? 2 : kLanes + 2;
+  static constexpr int kChannelRows = kParts * kRow + (kLanes == 1 ? 4 : 0);
   static constexpr int kLaneRows = kStates * kRow + (kStates % 2 == 0 ? 4 : 0);
   static constexpr int kStage = kBlockD * kChannelRows + 2 * kLanes * kLaneRows;
-  static constexpr size_t kSharedBytes = 2 * sizeof(float) * kStage;
 
-  // Row `r` of Δ (part 0) and Δu (part 1) in a stage; then of what lane 0 (part 1), 1 (part 0), 2
-  // (part 2), … adds to y.
+  // Row `r` of Δ (part 0) and Δu (part 1) in a stage, and of what each lane adds to y: in the place
+  // of these, or after them.
   __device__ static float* cells(float* stage, int part, int r) {
     return stage + r * kChannelRows + part * kRow;
   }
-  __device__ static int part_of_lane(int lane) { return lane < 2 ? 1 - lane : lane; }
+  static constexpr bool kInPlace = kLanes <= 2;
+  __device__ static int part_of_lane(int lane) { return kInPlace ? 1 - lane : 2 + lane; }
   // Rows of B (0) or C (1) of a lane: its states are lane, lane + kLanes, …
   __device__ static float* coefficients(float* stage, int which, int lane) {
     return stage + kBlockD * kChannelRows + (which * kLanes + lane) * kLaneRows;
@@ -151,23 +152,25 @@ struct Staging {
   const Block& block;
   const SelectiveScanFwdParams& p;
   float* const shared;
-  const int d, t;    // of the first piece
-  const int n, t_n;  // of the first piece of B or C
+  uint32_t* const slots;  // this thread's
+  const int d, t;         // of the first piece
+  const int n, t_n;       // of the first piece of B or C
   bool is_fast, is_fast_n;
   float bias[kAlongSteps ? Channels::kOwn : 2], D[kAlongSteps ? Channels::kOwn : 2];
-  Input u, delta, finished_u, z, B, C;
+  Input u, delta, z, B, C;
   Output out;
 
   __device__ Staging(const Block& block, float* shared, int thread)
       : block(block),
         p(block.p),
         shared(shared),
+        slots(reinterpret_cast<uint32_t*>(shared + 2 * Shape::kStage) + 4 * thread),
         d(Channels::row(thread)),
         t(Channels::step(thread)),
         n(States::row(thread)),
         t_n(States::step(thread)) {
     const int64_t group = block.head / (p.nheads / p.ngroups), first_d = block.first_d + d;
-    u = finished_u = block.cursor<Input>(p.u, block.head, first_d, t);
+    u = block.cursor<Input>(p.u, block.head, first_d, t);
     delta = block.cursor<Input>(p.delta, block.head, first_d, t);
     z = block.cursor<Input>(p.z, block.head, first_d, t);
     out = block.cursor<Output>(p.out, block.head, first_d, t);
@@ -189,64 +192,93 @@ struct Staging {
     }
   }
 
-  // What a thread has loaded of a tile for a stage to come.
-  struct Loaded {
-    Piece piece[Channels::kOwn];
-  };
-  struct LoadedCoefficients {
-    Piece piece[States::kOwn];
-  };
+  // Copies wait in shared memory, after the stages, from the iteration before a tile is staged
+  // until it is finished; those of B and C until they are staged. Only the thread that copies a
+  // piece reads it.
+  static constexpr int kTilesKept = 4, kCoefficientTilesKept = 2;
+  using Slot = cuda::Slot<Piece, kThreads>;
+  enum Operand { kU, kDelta, kZ, kOperands };
+  static constexpr size_t kSlotBytes =
+      sizeof(uint32_t) * Slot::kWords *
+      (kTilesKept * kOperands * Channels::kOwn + kCoefficientTilesKept * States::kOwn);
 
-  __device__ __forceinline__ void load(const Input& input, int steps, Loaded& loaded) const {
+  __device__ __forceinline__ Slot slot(int tile, Operand operand, int i) const {
+    const int index = (tile % kTilesKept * kOperands + operand) * Channels::kOwn + i;
+    return {slots + index * Slot::kWords};
+  }
+  __device__ __forceinline__ Slot coefficient_slot(int tile, int i) const {
+    const int index = kTilesKept * kOperands * Channels::kOwn +
+                      tile % kCoefficientTilesKept * States::kOwn + i;
+    return {slots + index * Slot::kWords};
+  }
+
+  __device__ __forceinline__ void copy(const Input& input, int steps, int tile,
+                                       Operand operand) const {
 #pragma unroll
     for (int i = 0; i < Channels::kOwn; ++i) {
       const int rows = i * Channels::kNextRow, at = i * Channels::kNextStep;
       if (is_fast && steps == kBlockL)
-        input.load(rows, at, loaded.piece[i]);
+        input.copy(rows, at, slot(tile, operand, i));
       else
-        loaded.piece[i] =
-            Input::load_some(input, rows, at, block.channels - d - rows, steps - t - at);
+        slot(tile, operand, i)
+            .store(Input::load_some(input, rows, at, block.channels - d - rows, steps - t - at));
     }
+  }
+
+  // 0 for states there are not.
+  __device__ __forceinline__ void copy_coefficients(int steps, int tile) const {
+#pragma unroll
+    for (int i = 0; i < States::kOwn; ++i) {
+      const int rows = i * States::kNextRow, at = i * States::kNextStep;
+      if (n + rows >= 2 * Shape::kDstate || t_n + at >= kBlockL) continue;
+      const bool is_C = n + rows >= Shape::kDstate;
+      const Input from{is_C ? C.at : B.at, is_C ? C.stride_row : B.stride_row,
+                       is_C ? C.stride_t : B.stride_t};
+      if (is_fast_n && steps == kBlockL)
+        from.copy(rows, at, coefficient_slot(tile, i));
+      else
+        coefficient_slot(tile, i).store(Input::load_some(
+            from, rows, at, static_cast<int>(p.dstate) - (n + rows) % Shape::kDstate,
+            steps - t_n - at));
+    }
+  }
+
+  // Begins to copy tile number `tile`, of `steps`.
+  __device__ __forceinline__ void begin(int steps, int tile) {
+    if (steps > 0) {
+      copy(u, steps, tile, kU);
+      copy(delta, steps, tile, kDelta);
+      if (p.z.data) copy(z, steps, tile, kZ);
+      copy_coefficients(steps, tile);
+      u.advance(steps);
+      delta.advance(steps);
+      z.advance(steps);
+      B.advance(steps);
+      C.advance(steps);
+    }
+    commit_copies();
   }
 
   __device__ __forceinline__ void run() {
     Tiles tiles = block.tiles();
     int before = 0, finished = 0, staged = 0, next = tiles.next<kBlockL>();
-    Loaded next_u, next_delta, last_u, last_z;
-    LoadedCoefficients next_coefficients;
-    const auto load_next = [&] {
-      load(u, next, next_u);
-      load(delta, next, next_delta);
-      load_coefficients(next, next_coefficients);
-      u.advance(next);
-      delta.advance(next);
-      B.advance(next);
-      C.advance(next);
-    };
-    load_next();
-    for (bool odd = false;; odd = !odd) {
+    begin(next, 0);
+    for (int tile = 0;; tile = (tile + 1) % kTilesKept) {
       before = finished;
       finished = staged;
       staged = next;
       if (staged + finished + before == 0) break;
       next = tiles.next<kBlockL>();
-      float* stage = shared + (odd ? Shape::kStage : 0);
+      begin(next, tile + 1);
+      float* stage = shared + tile % 2 * Shape::kStage;
       if (before > 0) {
-        finish(stage, before, last_u, last_z);
+        finish(stage, before, tile + 2);
         out.advance(before);
       }
-      if (finished > 0) {
-        load(finished_u, finished, last_u);
-        finished_u.advance(finished);
-        if (p.z.data) {
-          load(z, finished, last_z);
-          z.advance(finished);
-        }
-      }
+      wait_for_copies_before_last();
       if (staged > 0) {
-        stage_coefficients(stage, next_coefficients);
-        convert(stage, staged, next_u, next_delta);
-        if (next > 0) load_next();
+        stage_coefficients(stage, tile);
+        convert(stage, staged, tile);
       }
       if (staged + finished > 0) __syncthreads();
     }
@@ -260,10 +292,10 @@ struct Staging {
     return t + i * Channels::kNextStep + (kAlongSteps ? 4 * four : 0);
   }
 
-  __device__ __forceinline__ void convert(float* stage, int steps, const Loaded& u,
-                                          const Loaded& delta) const {
+  __device__ __forceinline__ void convert(float* stage, int steps, int tile) const {
 #pragma unroll
     for (int i = 0; i < Channels::kOwn; ++i) {
+      const Piece u = slot(tile, kU, i).load(), delta = slot(tile, kDelta, i).load();
 #pragma unroll
       for (int four = 0; four < 2; ++four) {
         const int at = step_of(t, i, four);
@@ -271,7 +303,7 @@ struct Staging {
         Four dt, dt_u;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const float x = delta.piece[i].get(four, j) + bias[kAlongSteps ? i : four];
+          const float x = delta.get(four, j) + bias[kAlongSteps ? i : four];
           dt.value[j] = p.delta_softplus ? softplus(x) : x;
         }
         if (steps < kBlockL) {
@@ -280,37 +312,37 @@ struct Staging {
             if (at + j >= steps) dt.value[j] = 0;
         }
 #pragma unroll
-        for (int j = 0; j < 4; ++j) dt_u.value[j] = dt.value[j] * u.piece[i].get(four, j);
+        for (int j = 0; j < 4; ++j) dt_u.value[j] = dt.value[j] * u.get(four, j);
         store_four(cells, dt);
         store_four(cells + Shape::kRow, dt_u);
       }
     }
   }
 
-  __device__ __forceinline__ void finish(float* stage, int steps, const Loaded& u,
-                                         const Loaded& z) const {
+  __device__ __forceinline__ void finish(float* stage, int steps, int tile) const {
 #pragma unroll
     for (int i = 0; i < Channels::kOwn; ++i) {
+      const Piece u = slot(tile, kU, i).load(), z = slot(tile, kZ, i).load();
       float value[8];
 #pragma unroll
       for (int four = 0; four < 2; ++four) {
         const float* cells =
             Shape::cells(stage, 0, row_of(d, i, four)) + step_of(t, i, four);
-        Four y = load_four(cells + Shape::kRow);
+        Four y = load_four(cells + Shape::part_of_lane(0) * Shape::kRow);
 #pragma unroll
         for (int lane = 1; lane < Shape::kLanes; ++lane) {
-          const Four more = load_four(cells + (lane == 1 ? 0 : lane) * Shape::kRow);
+          const Four more = load_four(cells + Shape::part_of_lane(lane) * Shape::kRow);
 #pragma unroll
           for (int j = 0; j < 4; ++j) y.value[j] += more.value[j];
         }
         if (p.D.data) {
 #pragma unroll
           for (int j = 0; j < 4; ++j)
-            y.value[j] += D[kAlongSteps ? i : four] * u.piece[i].get(four, j);
+            y.value[j] += D[kAlongSteps ? i : four] * u.get(four, j);
         }
         if (p.z.data) {
 #pragma unroll
-          for (int j = 0; j < 4; ++j) y.value[j] *= silu(z.piece[i].get(four, j));
+          for (int j = 0; j < 4; ++j) y.value[j] *= silu(z.get(four, j));
         }
 #pragma unroll
         for (int j = 0; j < 4; ++j) value[Piece::index(four, j)] = y.value[j];
@@ -325,34 +357,15 @@ struct Staging {
     }
   }
 
-  // 0 for states there are not.
-  __device__ __forceinline__ void load_coefficients(int steps, LoadedCoefficients& loaded) const {
-#pragma unroll
-    for (int i = 0; i < States::kOwn; ++i) {
-      const int rows = i * States::kNextRow, at = i * States::kNextStep;
-      const bool is_C = n + rows >= Shape::kDstate;
-      if (n + rows >= 2 * Shape::kDstate || t_n + at >= kBlockL) continue;
-      const Input from{is_C ? C.at : B.at, is_C ? C.stride_row : B.stride_row,
-                       is_C ? C.stride_t : B.stride_t};
-      if (is_fast_n && steps == kBlockL)
-        from.load(rows, at, loaded.piece[i]);
-      else
-        loaded.piece[i] = Input::load_some(
-            from, rows, at, static_cast<int>(p.dstate) - (n + rows) % Shape::kDstate,
-            steps - t_n - at);
-    }
-  }
-
-  __device__ __forceinline__ void stage_coefficients(float* stage,
-                                                     const LoadedCoefficients& loaded) const {
+  __device__ __forceinline__ void stage_coefficients(float* stage, int tile) const {
 #pragma unroll
     for (int i = 0; i < States::kOwn; ++i) {
       const int rows = i * States::kNextRow, at = t_n + i * States::kNextStep;
       if (n + rows >= 2 * Shape::kDstate || at >= kBlockL) continue;
+      const Piece piece = coefficient_slot(tile, i).load();
 #pragma unroll
       for (int four = 0; four < 2; ++four) {
         const int row = n + rows + Piece::row(four), state = row % Shape::kDstate;
-        const Piece& piece = loaded.piece[i];
         store_four(Shape::coefficients(stage, row / Shape::kDstate, state % Shape::kLanes) +
                        state / Shape::kLanes * Shape::kRow + at + Piece::step(four, 0),
                    {piece.get(four, 0), piece.get(four, 1), piece.get(four, 2),
@@ -512,7 +525,7 @@ struct Recurrence {
             y[k].value[i] += C_s.value[i] * h[k][s];
           }
       }
-      if (Shape::kLanes > 1) __syncwarp();  // all lanes have read what is now overwritten
+      if (Shape::kInPlace && Shape::kLanes > 1) __syncwarp();  // all lanes have read what is now overwritten
 #pragma unroll
       for (int k = 0; k < kChannels; ++k)
         store_four(Shape::cells(stage, Shape::part_of_lane(lane), row(k)) + t, y[k]);
@@ -534,6 +547,11 @@ struct Recurrence {
     __syncwarp();  // before it is overwritten
   }
 };
+
+template <typename T, typename Shape>
+constexpr size_t shared_bytes() {
+  return 2 * sizeof(float) * Shape::kStage + Staging<T, Shape, true>::kSlotBytes;
+}
 
 // --- Kernel ---------------------------------------------------------------------------------------
 
@@ -561,8 +579,7 @@ __device__ inline Row row_at(const SelectiveScanFwdParams& p, int64_t index, uin
 }
 
 template <typename T, typename Shape, int kPolynomials>
-__global__ void __launch_bounds__(Shape::kThreads,
-                                  Shape::kChannels* Shape::kStates > 16 ? 1 : 2)
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
     selective_scan_fwd_kernel(const __grid_constant__ SelectiveScanFwdParams p, uint32_t* faults) {
   extern __shared__ __align__(16) float shared[];
   const int64_t blocks_per_head = (p.headdim + Shape::kBlockD - 1) / Shape::kBlockD;

@@ -58,6 +58,54 @@ struct Piece {
   }
 };
 
+template <int kBytes>
+__device__ __forceinline__ void copy_async(uint32_t* to, const void* from) {
+  const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(from));
+  else
+    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %2;" ::"r"(shared), "l"(from),
+                 "n"(kBytes));
+}
+
+// Ends a group of copies; waits for all groups but the last.
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+__device__ __forceinline__ void wait_for_copies_before_last() {
+  asm volatile("cp.async.wait_group 1;" ::: "memory");
+}
+
+// Where in shared memory a thread keeps a piece until it uses it. Slots of kThreads neighbours are
+// interleaved in 16 bytes.
+template <typename Piece, int kThreads>
+struct Slot {
+  uint32_t* first;
+
+  static constexpr int kWords = Piece::kWords * kThreads;  // of all threads
+  __device__ __forceinline__ uint32_t* at(int word) const {
+    return first + word / 4 * 4 * kThreads + word % 4;
+  }
+  __device__ __forceinline__ Piece load() const {
+    Piece piece;
+#pragma unroll
+    for (int i = 0; i < Piece::kWords; i += 4) {
+      const uint4 v = *reinterpret_cast<const uint4*>(at(i));
+      piece.word[i] = v.x;
+      piece.word[i + 1] = v.y;
+      piece.word[i + 2] = v.z;
+      piece.word[i + 3] = v.w;
+    }
+    return piece;
+  }
+  __device__ __forceinline__ void store(const Piece& piece) const {
+#pragma unroll
+    for (int i = 0; i < Piece::kWords; i += 4)
+      *reinterpret_cast<uint4*>(at(i)) =
+          make_uint4(piece.word[i], piece.word[i + 1], piece.word[i + 2], piece.word[i + 3]);
+  }
+};
+
 // A thread's view of a plane: at the first element of its first piece, and moved on in time.
 template <typename T, bool kAlongSteps>
 struct Cursor {
@@ -79,28 +127,17 @@ struct Cursor {
 
   __device__ __forceinline__ void advance(int steps) { at += steps * stride_t; }
 
-  // The piece `rows` and `steps` from the first.
-  __device__ __forceinline__ void load(int rows, int steps, Piece& piece) const {
+  // Begins to copy the piece `rows` and `steps` from the first.
+  template <int kThreads>
+  __device__ __forceinline__ void copy(int rows, int steps, Slot<Piece, kThreads> slot) const {
     const T* from = at + rows * stride_row + steps * stride_t;
     if constexpr (kAlongSteps) {
 #pragma unroll
-      for (int i = 0; i < Piece::kWords; i += 4) {
-        const uint4 v = __ldg(reinterpret_cast<const uint4*>(from) + i / 4);
-        piece.word[i] = v.x;
-        piece.word[i + 1] = v.y;
-        piece.word[i + 2] = v.z;
-        piece.word[i + 3] = v.w;
-      }
+      for (int i = 0; i < Piece::kWords; i += 4) copy_async<16>(slot.at(i), from + i * 4 / sizeof(T));
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if constexpr (sizeof(T) == 4) {
-          const uint2 v = __ldg(reinterpret_cast<const uint2*>(from));
-          piece.word[2 * i] = v.x;
-          piece.word[2 * i + 1] = v.y;
-        } else {
-          piece.word[i] = __ldg(reinterpret_cast<const uint32_t*>(from));
-        }
+        copy_async<2 * sizeof(T)>(slot.at(i * sizeof(T) / 2), from);
         from += stride_t;
       }
     }
