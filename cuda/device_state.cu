@@ -2,6 +2,7 @@
 
 #include "device_state.h"
 #include "launch.h"
+#include "linear_plans.h"
 #include "ssmcore/error.h"
 
 namespace ssmcore::cuda {
@@ -19,6 +20,8 @@ const char* message(Fault fault) {
       return "causal_conv1d: cu_seqlens does not ascend from 0 to the sequence length";
     case Fault::causal_conv1d_state_indices:
       return "causal_conv1d: state_indices holds an index beyond the slots";
+    case Fault::causal_conv1d_cache_seqlens:
+      return "causal_conv1d_update: cache_seqlens holds a negative entry";
     case Fault::embedding_token_ids:
       return "embedding: token_ids holds an id outside the vocabulary";
     case Fault::sample_history:
@@ -99,6 +102,11 @@ void DeviceState::raise_faults() {
   }
 }
 
+LinearPlans& DeviceState::linear_plans() {
+  std::call_once(linear_plans_once_, [&] { linear_plans_ = std::make_unique<LinearPlans>(); });
+  return *linear_plans_;
+}
+
 std::shared_ptr<DeviceState> make_device_state(int index) {
   return std::make_shared<DeviceState>(index);
 }
@@ -114,6 +122,28 @@ void synchronize(DeviceState& device, void* stream) {
   const DeviceGuard guard(device.index());
   check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)), "synchronize");
   device.raise_faults();
+}
+
+void* make_stream(DeviceState& device) {
+  const DeviceGuard guard(device.index());
+  cudaStream_t stream = nullptr;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+  return stream;
+}
+
+void destroy_stream(DeviceState& device, void* stream) noexcept {
+  const DeviceGuard guard(device.index());
+  cudaStreamDestroy(static_cast<cudaStream_t>(stream));
+}
+
+void wait_for(DeviceState& device, void* stream, void* earlier) {
+  const DeviceGuard guard(device.index());
+  cudaEvent_t event = nullptr;
+  check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "stream");
+  cudaError_t status = cudaEventRecord(event, static_cast<cudaStream_t>(earlier));
+  if (status == cudaSuccess) status = cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), event);
+  cudaEventDestroy(event);  // once it has come to pass
+  check(status, "stream");
 }
 
 void copy_bytes(DeviceState& device, void* to, const void* from, size_t bytes, void* stream) {

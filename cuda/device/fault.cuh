@@ -11,6 +11,7 @@ enum class Fault {
   selective_scan_state_indices,
   causal_conv1d_cu_seqlens,
   causal_conv1d_state_indices,
+  causal_conv1d_cache_seqlens,
   embedding_token_ids,
   sample_history,
   sample_setting,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from backends import BACKENDS, Backend
+from backends import BACKENDS, Backend, why_no_cuda
 from hypothesis import settings
 
 import ssmcore
@@ -16,8 +16,11 @@ settings.register_profile(
 settings.load_profile("operators")
 
 
-@pytest.fixture(scope="session", params=list(BACKENDS))
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def backend(request: pytest.FixtureRequest) -> Backend:
+    reason = why_no_cuda() if request.param == "cuda" else None
+    if reason is not None:
+        pytest.skip(reason)
     return BACKENDS[request.param]
 
 

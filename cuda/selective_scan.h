@@ -1,0 +1,16 @@
+// The kernels that selective_scan_fwd chooses among.
+#pragma once
+
+#include "../cpp/src/selective_scan_params.h"
+#include "ssmcore/context.h"
+
+namespace ssmcore::cuda {
+
+// One step of every row, for decoding; is_state_update() says what it takes.
+bool is_state_update(const SelectiveScanFwdParams& params);
+void selective_state_update_fwd(const SelectiveScanFwdParams& params, const Exec& exec);
+
+// Everything else: any form of A, B and C, any option.
+void selective_scan_general_fwd(const SelectiveScanFwdParams& params, const Exec& exec);
+
+}  // namespace ssmcore::cuda
