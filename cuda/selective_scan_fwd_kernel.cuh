@@ -14,9 +14,9 @@
 #pragma once
 
 #include "../cpp/src/selective_scan_params.h"
-#include "device/fault.cuh"
 #include "device/math.cuh"
 #include "device/scan_piece.cuh"
+#include "scan_row.cuh"
 
 namespace ssmcore::cuda {
 
@@ -35,7 +35,7 @@ struct ScanShape {
   // Floats in shared memory. The paddings keep threads that read fours together in different banks.
   static constexpr int kRow = kBlockL + 4;
   static constexpr int kParts = kLanes <= 2 ? 2 : kLanes + 2;
-  static constexpr int kChannelRows = kParts * kRow + (kLanes == 1 ? 4 : 0);
+  static constexpr int kChannelRows = kParts * kRow + 4;
   static constexpr int kLaneRows = kStates * kRow + (kStates % 2 == 0 ? 4 : 0);
   static constexpr int kStage = kBlockD * kChannelRows + 2 * kLanes * kLaneRows;
 
@@ -83,21 +83,18 @@ __device__ __forceinline__ void store_four(float* to, const Four& four) {
       make_float4(four.value[0], four.value[1], four.value[2], four.value[3]);
 }
 
-// A row, of a batch or packed, and where it is found.
-struct Row {
-  int64_t index, batch, begin, length, slot;
-};
-
 // What a block works on.
 struct Block {
   const SelectiveScanFwdParams& p;
-  Row row;
+  int64_t row_index;
+  ScanRow row;
   int64_t head, first_d;
   int channels;
   bool along_steps;  // how its pieces lie
 
   __device__ Tiles tiles() const {
-    return {row.length, 0, p.chunk_states.data ? p.chunk_size : row.length};
+    const int64_t length = row.end - row.begin;
+    return {length, 0, p.chunk_states.data ? p.chunk_size : length};
   }
 
   // The channel that row `r` of a stage holds. Those of a pair are half the rows apart.
@@ -138,11 +135,12 @@ struct Staging {
     static constexpr int kOwn = (kAcross * kAlong + kThreads - 1) / kThreads;
     static constexpr int kNextRow = kAlongSteps ? kThreads / kAlong : 0;
     static constexpr int kNextStep = kAlongSteps ? 0 : kThreads / kAcross * Piece::kSteps;
+    // Eight neighbouring threads have eight rows, whose fours lie in different banks.
     __device__ static int row(int thread) {
-      return kAlongSteps ? thread / kAlong : thread % kAcross * 2;
+      return kAlongSteps ? thread / (8 * kAlong) * 8 + thread % 8 : thread % kAcross * 2;
     }
     __device__ static int step(int thread) {
-      return kAlongSteps ? thread % kAlong * Piece::kSteps : thread / kAcross * Piece::kSteps;
+      return (kAlongSteps ? thread / 8 % kAlong : thread / kAcross) * Piece::kSteps;
     }
   };
   using Channels = Cut<Shape::kBlockD>;
@@ -275,7 +273,7 @@ struct Staging {
         finish(stage, before, tile + 2);
         out.advance(before);
       }
-      wait_for_copies_before_last();
+      wait_for_copies<1>();
       if (staged > 0) {
         stage_coefficients(stage, tile);
         convert(stage, staged, tile);
@@ -466,69 +464,82 @@ struct Recurrence {
       for (int k = 0; k < kChannels; ++k) {
         const int d = block.channel_of<Shape::kBlockD>(row(k));
         if (d < block.channels)
-          static_cast<float*>(to.data)[block.row.index * to.stride[0] + block.head * to.stride[1] +
+          static_cast<float*>(to.data)[block.row_index * to.stride[0] + block.head * to.stride[1] +
                                        (block.first_d + d) * to.stride[2]] = delta_sum[k];
       }
     }
   }
 
-  // What four steps need.
-  struct Steps {
-    Four dt[kChannels], dt_u[kChannels];
+  // exp(Δ A) of one state and four steps, for every channel.
+  struct Decays {
+    Four of[kChannels];
   };
-  __device__ __forceinline__ void load_steps(float* stage, int t, Steps& steps) const {
+  __device__ __forceinline__ Decays decays(const Four (&dt)[kChannels], int s) const {
+    Decays a;
 #pragma unroll
-    for (int k = 0; k < kChannels; ++k) {
-      steps.dt[k] = load_four(Shape::cells(stage, 0, row(k)) + t);
-      steps.dt_u[k] = load_four(Shape::cells(stage, 1, row(k)) + t);
-    }
+    for (int k = 0; k < kChannels; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float x = dt[k].value[i] * A[k][s];
+        a.of[k].value[i] = s % 8 >= 8 - kPolynomials ? exp2_polynomial(x) : exp2_approx(x);
+      }
+    return a;
   }
 
+  __device__ __forceinline__ void load_rows(float* stage, int part, int t,
+                                            Four (&rows)[kChannels]) const {
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) rows[k] = load_four(Shape::cells(stage, part, row(k)) + t);
+  }
+
+  // Everything is begun before it is needed: loads four steps or kAhead states ahead, and decays
+  // kAhead states. What is read beyond the tile is not used.
   __device__ __forceinline__ void advance(float* stage, int steps) {
+    constexpr int kAhead = kStates < 2 ? 1 : 2;
     const float* B = Shape::coefficients(stage, 0, lane);
     const float* C = Shape::coefficients(stage, 1, lane);
-    Steps now, next;
-    load_steps(stage, 0, next);
-    constexpr bool kAhead = kStates <= 2;  // B and C, too, are read ahead
-    Four B_ahead[kAhead ? kStates : 1], C_ahead[kAhead ? kStates : 1];
-    if (kAhead) {
+    Four dt[kChannels], dt_next[kChannels], dt_u_next[kChannels], B_ahead[kAhead], C_ahead[kAhead];
+    Decays a_ahead[kAhead];
+    load_rows(stage, 0, 0, dt);
+    load_rows(stage, 0, 4, dt_next);
+    load_rows(stage, 1, 0, dt_u_next);
 #pragma unroll
-      for (int s = 0; s < kStates; ++s) {
-        B_ahead[s] = load_four(B + s * Shape::kRow);
-        C_ahead[s] = load_four(C + s * Shape::kRow);
-      }
+    for (int s = 0; s < kAhead; ++s) {
+      a_ahead[s] = decays(dt, s);
+      B_ahead[s] = load_four(B + s * Shape::kRow);
+      C_ahead[s] = load_four(C + s * Shape::kRow);
     }
-#pragma unroll(kChannels * kStates <= 4 ? 4 : 1)
+#pragma unroll(kChannels * kStates <= 4 ? 2 : 1)
     for (int t = 0; t < steps; t += 4) {
-      now = next;
-      load_steps(stage, t + 4, next);  // after the last: the unused end of the row
-      Four y[kChannels] = {};
+      Four dt_u[kChannels], dt_after[kChannels], y[kChannels] = {};
+#pragma unroll
+      for (int k = 0; k < kChannels; ++k) dt_u[k] = dt_u_next[k];
+      load_rows(stage, 0, t + 8, dt_after);
+      load_rows(stage, 1, t + 4, dt_u_next);
 #pragma unroll
       for (int s = 0; s < kStates; ++s) {
-        Four B_s, C_s;
-        if (kAhead) {
-          B_s = B_ahead[s];
-          C_s = C_ahead[s];
-          B_ahead[s] = load_four(B + s * Shape::kRow + t + 4);
-          C_ahead[s] = load_four(C + s * Shape::kRow + t + 4);
-        } else {
-          B_s = load_four(B + s * Shape::kRow + t);
-          C_s = load_four(C + s * Shape::kRow + t);
-        }
+        const Decays a = a_ahead[s % kAhead];
+        const Four B_s = B_ahead[s % kAhead], C_s = C_ahead[s % kAhead];
+        const int ahead = (s + kAhead) % kStates;
+        const bool wraps = s + kAhead >= kStates;
+        a_ahead[s % kAhead] = decays(wraps ? dt_next : dt, ahead);
+        B_ahead[s % kAhead] = load_four(B + ahead * Shape::kRow + t + (wraps ? 4 : 0));
+        C_ahead[s % kAhead] = load_four(C + ahead * Shape::kRow + t + (wraps ? 4 : 0));
 #pragma unroll
         for (int k = 0; k < kChannels; ++k)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const float x = now.dt[k].value[i] * A[k][s];
-            const float a = s % 8 >= 8 - kPolynomials ? exp2_polynomial(x) : exp2_approx(x);
-            h[k][s] = a * h[k][s] + now.dt_u[k].value[i] * B_s.value[i];
+            h[k][s] = a.of[k].value[i] * h[k][s] + dt_u[k].value[i] * B_s.value[i];
             y[k].value[i] += C_s.value[i] * h[k][s];
           }
       }
-      if (Shape::kInPlace && Shape::kLanes > 1) __syncwarp();  // all lanes have read what is now overwritten
+      if (Shape::kInPlace && Shape::kLanes > 1) __syncwarp();  // all lanes have read these cells
 #pragma unroll
-      for (int k = 0; k < kChannels; ++k)
+      for (int k = 0; k < kChannels; ++k) {
         store_four(Shape::cells(stage, Shape::part_of_lane(lane), row(k)) + t, y[k]);
+        dt[k] = dt_next[k];
+        dt_next[k] = dt_after[k];
+      }
     }
   }
 
@@ -555,29 +566,6 @@ constexpr size_t shared_bytes() {
 
 // --- Kernel ---------------------------------------------------------------------------------------
 
-__device__ inline Row row_at(const SelectiveScanFwdParams& p, int64_t index, uint32_t* faults) {
-  Row row{index, index, 0, p.seqlen, index};
-  if (p.cu_seqlens.data) {
-    const int* cu_seqlens = static_cast<const int*>(p.cu_seqlens.data);
-    const int64_t begin = cu_seqlens[index * p.cu_seqlens.stride[0]];
-    const int64_t end = cu_seqlens[(index + 1) * p.cu_seqlens.stride[0]];
-    const bool fits = 0 <= begin && begin <= end && end <= p.seqlen && (index > 0 || begin == 0) &&
-                      (index + 1 < p.rows || end == p.seqlen);
-    if (!fits) report(faults, Fault::selective_scan_cu_seqlens);
-    row.batch = 0;
-    row.begin = fits ? begin : 0;
-    row.length = fits ? end - begin : 0;
-  }
-  if (p.state_indices.data) {
-    row.slot = static_cast<const int*>(p.state_indices.data)[index * p.state_indices.stride[0]];
-    if (row.slot >= p.slots) {
-      report(faults, Fault::selective_scan_state_indices);
-      row.slot = -1;
-    }
-  }
-  return row;
-}
-
 template <typename T, typename Shape, int kPolynomials>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
     selective_scan_fwd_kernel(const __grid_constant__ SelectiveScanFwdParams p, uint32_t* faults) {
@@ -586,7 +574,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   const int64_t at = blockIdx.x / blocks_per_head;
   const int64_t first_d = blockIdx.x % blocks_per_head * Shape::kBlockD;
   const Block block{p,
-                    row_at(p, at / p.nheads, faults),
+                    at / p.nheads,
+                    scan_row(p, at / p.nheads, faults),
                     at % p.nheads,
                     first_d,
                     static_cast<int>(min(int64_t{Shape::kBlockD}, p.headdim - first_d)),

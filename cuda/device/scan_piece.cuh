@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "async_copy.cuh"
 #include "types.cuh"
 
 namespace ssmcore::cuda {
@@ -66,14 +67,6 @@ __device__ __forceinline__ void copy_async(uint32_t* to, const void* from) {
   else
     asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %2;" ::"r"(shared), "l"(from),
                  "n"(kBytes));
-}
-
-// Ends a group of copies; waits for all groups but the last.
-__device__ __forceinline__ void commit_copies() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-__device__ __forceinline__ void wait_for_copies_before_last() {
-  asm volatile("cp.async.wait_group 1;" ::: "memory");
 }
 
 // Where in shared memory a thread keeps a piece until it uses it. Slots of kThreads neighbours are
