@@ -12,6 +12,7 @@ void selective_scan_fwd(const SelectiveScanFwdParams& p, const Exec& exec) {
   if (p.dtype == DType::float64)
     throw Error(ErrorCode::unsupported, "selective_scan: float64 is for CPU tensors");
   if (is_state_update(p)) return selective_state_update_fwd(p, exec);
+  if (is_varying_scan(p)) return selective_scan_varying_fwd(p, exec);
   selective_scan_general_fwd(p, exec);
 }
 

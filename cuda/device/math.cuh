@@ -25,22 +25,6 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
   return y;
 }
 
-// 2^x by arithmetic alone, where the units that approximate it are the limit: to 2 units in the last
-// place, and exactly 1 for 0. Results below 2^-126 are 2^-126.
-__device__ __forceinline__ float exp2_polynomial(float x) {
-  x = fminf(fmaxf(x, -126.0f), 128.0f);
-  constexpr float kRound = 12582912.0f;  // 1.5 · 2^23: the sum's last bits are x's nearest integer
-  const float rounded = x + kRound;
-  const float f = x - (rounded - kRound);
-  float y = 0.00132647273f;
-  y = y * f + 0.00967151299f;
-  y = y * f + 0.0555073358f;
-  y = y * f + 0.240222424f;
-  y = y * f + 0.693147004f;
-  y = y * f + 1.0f;
-  return __int_as_float(__float_as_int(y) + (__float_as_int(rounded) << 23));
-}
-
 // log1p(exp(x)) = max(x, 0) + log1p(exp(-|x|)), to a few units in the last place also where the
 // result is tiny. Beyond 20 it is x, as softplus is defined.
 __device__ __forceinline__ float softplus(float x) {
