@@ -1,10 +1,12 @@
 // Sampling on the GPU, a block a row. Nothing is sorted: the filters bisect for the value, and
 // among equal values the id, down to which they keep. Sums run in an order that depends on the size
 // of the vocabulary alone.
+#include <cfloat>
 #include <cmath>
 
 #include "../cpp/src/sample_params.h"
 #include "device/block_totals.cuh"
+#include "device/math.cuh"
 #include "device/philox.cuh"
 #include "launch.h"
 
@@ -12,8 +14,9 @@ namespace ssmcore::cuda {
 namespace {
 
 constexpr int kWarps = BlockTotals::kWarps, kThreads = 32 * kWarps;
-constexpr int kQuad = 4;  // neighbouring ids that a thread takes at a time
+constexpr unsigned kQuad = 4;  // neighbouring ids that a thread takes at a time
 constexpr unsigned kAllIds = ~0u;
+constexpr unsigned kFew = 256;  // values that are compared one with the other
 
 // Unsigned integers in the order of the floats they stand for.
 __device__ __forceinline__ unsigned key_of(float value) {
@@ -32,16 +35,21 @@ __device__ T value_or(const Strided<1>& setting, int64_t row, T absent) {
 
 // What a filter keeps: values above `value`, and of those equal to it the ones of ids up to `id`.
 struct Cut {
-  float value = -INFINITY;
-  unsigned id = kAllIds;
+  float value;
+  unsigned id;
 
   __device__ bool keeps(float v, unsigned i) const { return v > value || (v == value && i <= id); }
 };
 
-// The values that a filter has yet to decide about, once they are few: one a thread.
+constexpr Cut kEverything{-INFINITY, kAllIds};
+
+// The values that a filter has yet to decide about, once they are few.
 struct Undecided {
   unsigned count;
-  unsigned ids[kThreads];
+  unsigned ids[kFew];
+  float values[kFew];
+  double weights[kFew];  // what each adds to the number or sum that the filter is after
+  Cut cut;
 };
 
 struct Memory {  // shared
@@ -98,66 +106,64 @@ class Row {
   __device__ unsigned first_equal(float value) {
     unsigned first = kAllIds;
     for_each_quad([&](const auto& quad, unsigned i) {
-      for (int k = 0; k < kQuad; ++k)
+      for (unsigned k = 0; k < kQuad; ++k)
         if (quad.value[k] == value) first = min(first, i + k);
     });
     return totals.smallest(first);
   }
 
   // The cut that keeps the fewest of the largest values, lower ids first among equals, whose number
-  // (kWeighted: sum) is at least `target`. All values are in [lowest, largest], and are enough.
+  // (kWeighted: sum) is at least `target`. The values in [lowest, largest] are enough; `number`
+  // says how many they are.
   template <bool kWeighted>
-  __device__ Cut cut(double target, float lowest, float largest) {
+  __device__ Cut cut(double target, float lowest, float largest, unsigned number) {
     const auto enough = [&](const Total& total) {
       return (kWeighted ? total.sum : total.count) >= target;
     };
-    // Values from `low` on are enough, those from `high` on are not.
-    unsigned low = key_of(lowest), high = key_of(largest) + 1;
-    Total at_low{size, 0}, at_high{0, 0};
-    // Once few values lie between, those above are known, and each thread has one to decide about.
-    bool few = false;
-    Total above{};
-    const auto measure = [&](const auto& keeps) {
-      return few ? measure_undecided<kWeighted>(above, keeps) : measure_all<kWeighted>(keeps);
-    };
+    // Values from `low` on are enough, those from `high` on are not
+    // (+ 0.0f: nothing equals -0 and lies below its successor, +0).
+    unsigned low = key_of(lowest), high = key_of(largest + 0.0f) + 1;
+    Total at_low{number, 0}, at_high{0, 0};
     unsigned stride = 1u << 22;  // half an octave: what is looked for is near the largest
-    while (high - low > 1 && at_low.count - at_high.count > 1 &&
-           (kWeighted || at_low.count > target)) {
-      if (!few && at_low.count - at_high.count <= kThreads) {
-        find_undecided(value_of(low), value_of(high));
-        few = true;
-        above = at_high;
-      }
+    while (high - low > 1 && at_low.count - at_high.count > kFew) {
       const unsigned middle = high - min(stride, (high - low) / 2);
       const float pivot = value_of(middle);
-      const Total total = measure([&](float v, unsigned) { return v >= pivot; });
+      const Total total = measure<kWeighted>([&](float v, unsigned) { return v >= pivot; });
       (enough(total) ? low : high) = middle;
       (enough(total) ? at_low : at_high) = total;
       stride = enough(total) || stride >> 31 ? ~0u : 2 * stride;
     }
+    if (at_low.count - at_high.count <= kFew) {
+      find_undecided<kWeighted>(value_of(low), value_of(high));
+      return cut_undecided(target - (kWeighted ? at_high.sum : at_high.count));
+    }
+    // Some of many equal values. Ids up to `last` are enough, those up to `first` are not.
     Cut cut{value_of(low), kAllIds};
-    if (at_low.count - at_high.count <= 1 || (!kWeighted && at_low.count <= target)) return cut;
-    // Some of several equal values. Ids up to `last` are enough, those up to `first` are not.
     int64_t first = -1, last = size - 1;
     while (last - first > 1) {
       cut.id = static_cast<unsigned>((first + last) / 2);
-      const Total total = measure([&](float v, unsigned i) { return cut.keeps(v, i); });
+      const Total total = measure<kWeighted>([&](float v, unsigned i) { return cut.keeps(v, i); });
       (enough(total) ? last : first) = cut.id;
     }
     cut.id = static_cast<unsigned>(last);
     return cut;
   }
 
-  // Replaces every value by function(value, id). Returns their sum; totals has those of the warps.
+  // Replaces every value by function(value, id), a weight. Returns the number and sum of those
+  // above 0; totals has the sums of the warps.
   template <typename Function>
-  __device__ double replace(const Function& function) {
+  __device__ Total replace(const Function& function) {
+    unsigned positive = 0;
     float sum = 0;
-    for_each_quad([&](auto quad, unsigned i) {
-      for (int k = 0; k < kQuad; ++k) quad.value[k] = function(quad.value[k], i + k);
+    for_each_quad([&](Quad quad, unsigned i) {
+      for (unsigned k = 0; k < kQuad; ++k) {
+        quad.value[k] = function(quad.value[k], i + k);
+        positive += quad.value[k] > 0;
+      }
       sum += (quad.value[0] + quad.value[1]) + (quad.value[2] + quad.value[3]);
       store_vector(values + i, quad);
     });
-    return totals.total(0, sum).sum;
+    return totals.total(positive, sum);
   }
 
   // The inverse of the cumulative distribution, of which `left` has to be used up: which warp's ids
@@ -216,12 +222,12 @@ class Row {
 
   // How many values `keeps` takes; kWeighted: also their sum.
   template <bool kWeighted, typename Keeps>
-  __device__ Total measure_all(const Keeps& keeps) {
+  __device__ Total measure(const Keeps& keeps) {
     unsigned count = 0;
     float sum = 0;
     for_each_quad([&](const auto& quad, unsigned i) {
       float of_quad[kQuad];
-      for (int k = 0; k < kQuad; ++k) {
+      for (unsigned k = 0; k < kQuad; ++k) {
         const bool kept = keeps(quad.value[k], i + k);
         count += kept;
         of_quad[k] = kept ? quad.value[k] : 0;
@@ -232,28 +238,45 @@ class Row {
     return {totals.count(count), 0};
   }
 
-  // The same where those `above` are kept, and others than the undecided ones are not.
-  template <bool kWeighted, typename Keeps>
-  __device__ Total measure_undecided(const Total& above, const Keeps& keeps) {
-    const unsigned id = undecided.ids[threadIdx.x];
-    const bool kept = threadIdx.x < undecided.count && keeps(values[id], id);
-    if constexpr (!kWeighted) return {above.count + totals.count(kept), 0};
-    // They come in any order: of multiples of 2^-42 the sum is exact, and the same in each.
-    const Total total = totals.total(kept, kept ? rint(values[id] * 0x1p42) * 0x1p-42 : 0);
-    return {above.count + total.count, above.sum + total.sum};
-  }
-
-  // Lists the values from `low` to below `high`, of which there are no more than threads.
+  // Lists the values from `low` to below `high`, in any order. Of weights that are multiples of
+  // 2^-42 every sum is exact, and so the same in any order.
+  template <bool kWeighted>
   __device__ void find_undecided(float low, float high) {
     if (threadIdx.x == 0) undecided.count = 0;
-    undecided.ids[threadIdx.x] = 0;
     __syncthreads();
     for_each_quad([&](const auto& quad, unsigned i) {
-      for (int k = 0; k < kQuad; ++k)
-        if (quad.value[k] >= low && quad.value[k] < high)
-          undecided.ids[atomicAdd(&undecided.count, 1u)] = i + k;
+      for (unsigned k = 0; k < kQuad; ++k) {
+        const float v = quad.value[k];
+        if (v < low || v >= high) continue;
+        const unsigned at = atomicAdd(&undecided.count, 1u);
+        undecided.ids[at] = i + k;
+        undecided.values[at] = v;
+        undecided.weights[at] = kWeighted ? rint(v * 0x1p42) * 0x1p-42 : 1;
+      }
     });
     __syncthreads();
+  }
+
+  // The cut that keeps the fewest of the undecided values whose weights add up to `target`; all of
+  // them where rounding lets none do.
+  __device__ Cut cut_undecided(double target) {
+    const unsigned count = undecided.count;
+    unsigned rank = kAllIds;
+    Cut mine{};
+    if (threadIdx.x < count) {
+      mine = {undecided.values[threadIdx.x], undecided.ids[threadIdx.x]};
+      double sum = 0;
+      unsigned kept = 0;
+      for (unsigned i = 0; i < count; ++i)
+        if (mine.keeps(undecided.values[i], undecided.ids[i])) {
+          sum += undecided.weights[i];
+          ++kept;
+        }
+      if (sum >= target || kept == count) rank = kept;
+    }
+    if (totals.smallest(rank) == rank && rank != kAllIds) undecided.cut = mine;
+    __syncthreads();
+    return undecided.cut;
   }
 
   float* values;
@@ -307,7 +330,7 @@ __device__ unsigned sample_row(const SampleParams& p, int64_t b, unsigned size, 
       report(faults, settings.valid() ? Fault::sample_logits : Fault::sample_setting);
     return 0;
   }
-  if (settings.repetition_penalty != 1) {
+  if (p.history_length > 0) {
     apply_repetition_penalty(p, b, stored, settings.repetition_penalty, values, faults);
     __syncthreads();
     largest = row.largest();
@@ -315,23 +338,24 @@ __device__ unsigned sample_row(const SampleParams& p, int64_t b, unsigned size, 
   if (settings.temperature == 0 || !isfinite(largest))  // a penalty can make it infinite
     return row.first_equal(largest);
 
-  Cut top_k;
+  Cut top_k = kEverything;
   if (settings.top_k > 0 && settings.top_k < p.vocab_size)
-    top_k = row.cut<false>(settings.top_k, -INFINITY, largest);
-  // Shifted first, so that dividing by a small temperature cannot overflow the largest.
-  double sum = row.replace([&](float v, unsigned i) {
-    return top_k.keeps(v, i) ? expf((v - largest) / settings.temperature) : 0.0f;
+    top_k = row.cut<false>(settings.top_k, -INFINITY, largest, size);
+  // Shifted first, so that a small temperature cannot overflow the largest.
+  const float scale = fminf(kLog2e / settings.temperature, FLT_MAX);
+  Total weights = row.replace([&](float v, unsigned i) {
+    return top_k.keeps(v, i) ? exp2_approx((v - largest) * scale) : 0.0f;
   });
   if (settings.top_p < 1 || settings.min_p > 0) {
-    Cut top_p;
+    Cut top_p = kEverything;
     if (settings.top_p < 1)
-      top_p = row.cut<true>(static_cast<double>(settings.top_p) * sum, 0.0f, 1.0f);
-    sum = row.replace(
+      top_p = row.cut<true>(settings.top_p * weights.sum, FLT_MIN, 1.0f, weights.count);
+    weights = row.replace(
         [&](float w, unsigned i) { return top_p.keeps(w, i) && w >= settings.min_p ? w : 0.0f; });
   }
   const auto seed = static_cast<uint64_t>(value_or<int64_t>(p.seed, b, b));
   const auto position = static_cast<uint64_t>(value_or<int64_t>(p.position, b, 0));
-  return row.draw(philox_uniform(seed, position) * sum);
+  return row.draw(philox_uniform(seed, position) * weights.sum);
 }
 
 // The values of a row are in shared memory where they fit, else in the workspace.

@@ -14,7 +14,11 @@ void selective_state_update_fwd(const SelectiveScanFwdParams& params, const Exec
 bool is_varying_scan(const SelectiveScanFwdParams& params);
 void selective_scan_varying_fwd(const SelectiveScanFwdParams& params, const Exec& exec);
 
-// Everything else: any form of A, B and C, any option.
+// Where everything is float64: for checking.
+void selective_scan_fwd_float64(const SelectiveScanFwdParams& params, const Exec& exec);
+
+// Everything else: any form of A, B and C, any option. Throws Error(unsupported) for dstate beyond
+// 256.
 void selective_scan_general_fwd(const SelectiveScanFwdParams& params, const Exec& exec);
 
 }  // namespace ssmcore::cuda

@@ -1,12 +1,14 @@
 // The selective scan in full generality: real or complex A, constant or varying B and C, any
 // option. A block takes some channels of one row, several lanes a channel, and steps through time
 // with the states in registers. Operands are staged in shared memory, some steps at a time.
+#include <string>
 #include <type_traits>
 
 #include "device/state.cuh"
 #include "launch.h"
 #include "scan_row.cuh"
 #include "selective_scan.h"
+#include "ssmcore/error.h"
 
 namespace ssmcore::cuda {
 namespace {
@@ -15,19 +17,17 @@ constexpr int kThreads = 128;
 constexpr int kMaxBlockL = 32;
 constexpr int kSteps = 4;  // taken together, so that their latencies overlap
 
+constexpr int kFewStates = 2, kManyStates = 8;  // of a thread
+constexpr int kMaxStates = 32 * kManyStates;
+
 // How blocks and lanes are laid out. All but `tiles` are powers of two.
 struct Shape {
-  int lanes;      // of a channel
+  int states;     // of a thread
+  int lanes;      // of a channel, within one warp
   int block_d;    // channels of a block
   int block_l;    // steps staged at a time
   int64_t tiles;  // blocks that make one head
-  bool few;       // 2 states a thread instead of 8
 };
-
-template <typename T>
-__device__ const T* const_data(const void* data) {
-  return static_cast<const T*>(data);
-}
 
 // Shared memory, in floats. Rows of delta and delta_u are of one step, padded against bank
 // conflicts; rows of varying B and C keep 16-byte alignment.
@@ -293,6 +293,7 @@ class Scan {
       for (int lanes = shape.lanes >> 1; lanes > 0; lanes >>= 1)
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) y[k] += __shfl_xor_sync(~0u, y[k], lanes);
+      __syncwarp();  // y goes where the lanes have read delta_u
       if (first_n == 0) {
 #pragma unroll
         for (int k = 0; k < kSteps; ++k)
@@ -379,18 +380,20 @@ int power_of_two_from(int64_t n) {
   return power;
 }
 
-// Steps staged at a time depend on the states alone, so that sums over them do.
+// Few states a thread where more threads are needed to fill the GPU. The steps staged at a time
+// depend on the states alone, so that sums over them do.
 Shape shape_of(const SelectiveScanFwdParams& p, const Context& context) {
-  const int64_t channels = p.nheads * p.headdim;
+  constexpr int64_t kThreadsToFill = 256;  // an SM
   const int64_t rows = context.batch_invariant() ? 1 : p.rows;
-  constexpr int64_t kThreadsPerSm = 256;
+  const int64_t threads = rows * p.nheads * p.headdim * p.dstate / kManyStates;
+  const bool few =
+      p.dstate <= 32 * kFewStates && threads < kThreadsToFill * context.cuda().num_sms();
   Shape shape{};
-  shape.few =
-      p.dstate <= 64 && rows * channels * p.dstate / 8 < kThreadsPerSm * context.cuda().num_sms();
-  shape.lanes = power_of_two_from(ceil_div(p.dstate, shape.few ? 2 : 8));
+  shape.states = few ? kFewStates : kManyStates;
+  shape.lanes = power_of_two_from(ceil_div(p.dstate, shape.states));
   shape.block_d = kThreads / shape.lanes;
   const int numbers = power_of_two_from(p.dstate) * (p.complex ? 2 : 1);
-  shape.block_l = std::min(kMaxBlockL, std::max(1, 4096 / numbers));
+  shape.block_l = std::min(kMaxBlockL, 4096 / numbers);
   shape.tiles = ceil_div(p.headdim, shape.block_d);
   return shape;
 }
@@ -398,13 +401,17 @@ Shape shape_of(const SelectiveScanFwdParams& p, const Context& context) {
 }  // namespace
 
 void selective_scan_general_fwd(const SelectiveScanFwdParams& p, const Exec& exec) {
+  if (p.dstate > kMaxStates)
+    throw Error(ErrorCode::unsupported, "selective_scan: dstate is " + std::to_string(p.dstate) +
+                                            ", on CUDA devices it is at most " +
+                                            std::to_string(kMaxStates));
   const Shape shape = shape_of(p, exec.context);
   with_type(p.dtype, [&](auto* type) {
     with_bool(p.complex, [&](auto is_complex) {
-      with_bool(shape.few, [&](auto few) {
+      with_bool(shape.states == kFewStates, [&](auto is_few) {
         using T = std::remove_pointer_t<decltype(type)>;
         constexpr bool kComplex = decltype(is_complex)::value;
-        constexpr int kN = decltype(few)::value ? 2 : 8;
+        constexpr int kN = decltype(is_few)::value ? kFewStates : kManyStates;
         launch_kernel("selective_scan", selective_scan_general_fwd_kernel<T, kComplex, kN>,
                       {blocks_for(p.rows * p.nheads * shape.tiles, 1), kThreads,
                        Staging::bytes(shape, kN * (kComplex ? 2 : 1))},

@@ -22,6 +22,7 @@ what came, for a shape, dtype, device or value that does not fit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -444,6 +445,16 @@ def embedding(
     return library.hand_over(out)
 
 
+# The range of each setting of `sample`, and how to say it.
+_SETTINGS: dict[str, tuple[Callable[[np.ndarray], Any], str]] = {
+    "repetition_penalty": (lambda v: (v > 0) & np.isfinite(v), "a positive number"),
+    "temperature": (lambda v: (v >= 0) & np.isfinite(v), "a finite number of at least 0"),
+    "top_k": (lambda v: v >= 0, "at least 0 (0: off)"),
+    "top_p": (lambda v: (v > 0) & (v <= 1), "more than 0 and at most 1"),
+    "min_p": (lambda v: (v >= 0) & (v <= 1), "0 to 1"),
+}
+
+
 def sample(
     logits: Array,
     *,
@@ -494,11 +505,15 @@ def sample(
                 raise ValueError(f"beyond {dtype}")
             if name == "seed" and given.ndim == 0:
                 converted = converted + np.arange(batch)
-            return library.from_host(np.broadcast_to(converted, (batch,)))
+            rows = np.broadcast_to(converted, (batch,))
         except (TypeError, ValueError) as error:
             raise InvalidArgumentError(
                 f"sample: {name} is {value!r}, expected a number or {batch} of them"
             ) from error
+        valid, expected = _SETTINGS.get(name, (None, ""))
+        if valid is not None and not valid(rows).all():
+            raise InvalidArgumentError(f"sample: {name} is {value!r}, expected {expected}")
+        return library.from_host(rows)
 
     _core.sample(
         on=library.on(check=check),
