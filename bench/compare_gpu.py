@@ -3,10 +3,10 @@
     python bench/compare_gpu.py [--quick] [--out FOLDER]
 
 Inputs are random torch tensors; mamba_ssm and causal_conv1d are measured where they are installed.
-A time is the median of 20 calls by CUDA events, on a cold L2 and launched while the GPU still waits,
-so that the host's part does not count; all packages take turns. Prints a table in Markdown and writes
-results.json with every sample and, with matplotlib, crossover.png and crossover.svg: time against
-sequence length. --quick leaves out what takes longest.
+A time is the median of 20 calls by CUDA events, on a cold L2 and launched while the GPU still
+waits, so that the host's part does not count; all packages take turns. Prints tables in Markdown
+and writes results.json with every sample and, with matplotlib, crossover.png and crossover.svg:
+time against sequence length. --quick leaves out what takes longest.
 """
 
 from __future__ import annotations
