@@ -10,6 +10,7 @@ size_t selective_scan_fwd_workspace_size(const SelectiveScanFwdParams&, const Co
 void selective_scan_fwd(const SelectiveScanFwdParams& p, const Exec& exec) {
   if (p.dtype == DType::float64) return selective_scan_fwd_float64(p, exec);
   if (is_state_update(p)) return selective_state_update_fwd(p, exec);
+  if (is_varying_scan(p)) return selective_scan_varying_fwd(p, exec);
   selective_scan_general_fwd(p, exec);
 }
 

@@ -46,6 +46,14 @@ def gpu_of(array: Any) -> int | None:
     return int(index) if code in _GPU_CODES else None
 
 
+def is_token_major(array: Any) -> bool:
+    """Whether a (B, D, L) array that has strides and can be transposed lies (B, L, D) in memory."""
+    if not hasattr(array, "swapaxes"):
+        return False
+    strides = array.stride() if hasattr(array, "stride") else getattr(array, "strides", None)
+    return strides is not None and array.shape[2] > 1 and 0 < strides[1] < strides[2]
+
+
 def dtype_name(array: Any) -> str:
     """The dtype of an array by name, whatever its library: "float32", "bfloat16", "int64"."""
     return getattr(array.dtype, "name", None) or str(array.dtype).rpartition(".")[2]
