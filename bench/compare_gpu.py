@@ -207,7 +207,7 @@ class Timer:
         self._target = torch.empty_like(self._source)
 
     def _time(self, call: Call, cold: bool = True) -> float:
-        """The ms of one call, on an L2 that other data fill, or not cold: as the last call left it."""
+        """The ms of one call, on an L2 full of other data; not cold: as the call before left it."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for cycles in (1e6, 4e6, 16e6):
             if cold:
