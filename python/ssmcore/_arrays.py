@@ -42,7 +42,10 @@ def gpu_of(array: Any) -> int | None:
     """The index of the GPU whose memory an array is in; None for the memory of the host."""
     if not hasattr(array, "__dlpack_device__"):
         return None
-    code, index = array.__dlpack_device__()
+    try:
+        code, index = array.__dlpack_device__()
+    except Exception:  # a device without memory, as torch's "meta": refused where it is borrowed
+        return None
     return int(index) if code in _GPU_CODES else None
 
 

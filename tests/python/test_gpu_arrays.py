@@ -1,4 +1,4 @@
-"""Arrays on devices: ssmcore's own, and those of torch, CuPy and JAX on a GPU, and their streams."""
+"""Arrays on devices: ssmcore's own, and those of torch, CuPy and JAX on a GPU."""
 
 from __future__ import annotations
 
@@ -204,16 +204,18 @@ def test_results_are_the_callers(gpu: None, name: str, library: str) -> None:
         "cupy": module.asarray,
         "jax": module.asarray,
     }[library]
+    to_host: Any = {
+        "torch": lambda a: a.cpu().numpy(),
+        "cupy": lambda a: a.get(),
+        "jax": np.asarray,
+    }[library]
     inputs = CALLS[name]("float32")
     expected = as_tuple(getattr(ops, name)(**{k: _copied(v) for k, v in inputs.items()}))
     moved = {k: to_gpu(v) if isinstance(v, np.ndarray) else v for k, v in inputs.items()}
     results = as_tuple(getattr(ops, name)(**moved))
     for result, wanted in zip(results, expected, strict=True):
         assert type(result).__module__.partition(".")[0] in (library, "jaxlib")
-        values = (
-            result.cpu().numpy() if library == "torch" else getattr(result, "get", lambda: result)()
-        )
-        assert_close(np.asarray(values), wanted, "float32", rounded=True)
+        assert_close(to_host(result), wanted, "float32", rounded=True)
 
 
 @pytest.mark.cuda
