@@ -418,6 +418,7 @@ def linear(
     _require_rank(weight, "linear: weight", 2, "(out_features, in_features)")
     library = library_of(x)
     out = library.empty((*x.shape[:-1], weight.shape[0]), dtype_name(x))
+    library.prepare_products()
     _core.linear(
         on=library.on(batch_invariant=batch_invariant),
         x=_rows(x),
@@ -608,6 +609,7 @@ def mamba_block(
         require_mutable(state, f"mamba_block: {name}", "pass a NumPy array, which x need not be")
     library = library_of(x)
     out = library.empty(x.shape, dtype_name(x))
+    library.prepare_products()
     _core.mamba_block(
         on=library.on(check=check, batch_invariant=batch_invariant),
         x=x,
