@@ -1,14 +1,20 @@
 #ifndef CONV_UNROLL
-#define CONV_UNROLL 8
+#define CONV_UNROLL 4
 #endif
 #ifndef CONV_MINB
 #define CONV_MINB 4
 #endif
-#ifndef CONV_BLOCK_L
-#define CONV_BLOCK_L 32
+#ifndef CONV_SMINB
+#define CONV_SMINB 4
 #endif
-#ifndef CONV_CHUNKS
-#define CONV_CHUNKS 2
+#ifndef CONV_BLOCK_L
+#define CONV_BLOCK_L 16
+#endif
+#ifndef CONV_STHREADS
+#define CONV_STHREADS 256
+#endif
+#ifndef CONV_ROWS
+#define CONV_ROWS 8
 #endif
 #ifndef CONV_THREADS
 #define CONV_THREADS 128
@@ -23,14 +29,14 @@ namespace {
 
 constexpr const char* kOp = "causal_conv1d";
 constexpr int kThreads = CONV_THREADS;
-constexpr int kHalo = 4;  // inputs before a vector of steps that are read with it
+constexpr int kHalo = 4;            // inputs before a vector of steps that are read with it
 
 // Every entry of cu_seqlens, also those that no tile comes to see.
 __device__ void check_cu_seqlens(const CausalConv1dFwdParams& p, uint32_t* faults) {
   if (!p.cu_seqlens.data) return;
   const auto* entries = static_cast<const int32_t*>(p.cu_seqlens.data);
-  const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i <= p.rows;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i <= p.rows;
        i += threads) {
     const int64_t entry = entries[i * p.cu_seqlens.stride[0]];
     const int64_t before = i == 0 ? 0 : entries[(i - 1) * p.cu_seqlens.stride[0]];
@@ -39,108 +45,98 @@ __device__ void check_cu_seqlens(const CausalConv1dFwdParams& p, uint32_t* fault
   }
 }
 
-// Whether all of steps [t, t + size) see the width - 1 inputs before them, or all that x has, and
-// leave no state.
-template <int kWidth>
-__device__ bool is_plain(const CausalConv1dFwdParams& p, int64_t batch, int64_t t, int64_t size) {
-  if (t + size > p.seqlen) return false;
-  if (t < kHalo)
-    return t == 0 && !p.cu_seqlens.data && !p.seq_idx.data && !p.initial_state.data &&
-           !p.final_state.data;
-  if (p.cu_seqlens.data) {
-    const PackedRows rows{p};
-    const int64_t next = rows.first_from(t + 1);
-    return next > 0 && rows.boundary(next - 1) <= t - (kWidth - 1) &&
-           rows.boundary(next) >= t + size && t + size < p.seqlen;
-  }
-  if (p.seq_idx.data) {
-    const int32_t* numbers =
-        static_cast<const int32_t*>(p.seq_idx.data) + batch * p.seq_idx.stride[0];
-    const int32_t number = numbers[t * p.seq_idx.stride[1]];
-    bool same = number >= 0;
-    for (int64_t i = t - (kWidth - 1); i < t + size; ++i)
-      same = same && numbers[i * p.seq_idx.stride[1]] == number;
-    return same;
-  }
-  return true;
-}
-
-// --- Channels contiguous
-// ---------------------------------------------------------------------------
+// --- Channels contiguous ---------------------------------------------------------------------------
 
 constexpr int64_t kMaxBlockL = CONV_BLOCK_L, kMinBlockL = 8;
 
-// Where a thread's tile is.
+// Where a thread's tile is, in integers that are large enough.
+template <typename Index>
 struct TilePlace {
   int64_t batch, d, begin, end;  // the batch may be beyond the last
 
   __device__ TilePlace(const CausalConv1dFwdParams& p, const CausalConv1dFwdPlan& plan,
                        int channels) {
-    const int64_t lanes = p.dim / channels;
-    const int64_t item = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-    const int64_t rest = item % (lanes * plan.tiles);
-    batch = item / (lanes * plan.tiles);
-    d = (plan.steps_first ? rest / plan.tiles : rest % lanes) * channels;
-    begin = (plan.steps_first ? rest % plan.tiles : rest / lanes) * plan.block_l;
+    const Index lanes = p.dim / channels, tiles = plan.tiles;
+    const Index item = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
+    const Index all = item / (plan.steps_first ? tiles : lanes);
+    const Index inner = item - all * (plan.steps_first ? tiles : lanes);
+    batch = all / (plan.steps_first ? lanes : tiles);
+    const Index outer = all - static_cast<Index>(batch) * (plan.steps_first ? lanes : tiles);
+    d = static_cast<int64_t>(plan.steps_first ? outer : inner) * channels;
+    begin = (plan.steps_first ? inner : outer) * plan.block_l;
     end = min(begin + plan.block_l, p.seqlen);
   }
 };
 
-// The same for any layout.
-template <typename T>
+// A thread has a tile of some channels, with all that sequences can bring: of any layout and width
+// if it is one channel.
+template <typename T, int kChannels, int kWidth>
 __global__ void __launch_bounds__(kThreads)
-    causal_conv1d_any_kernel(const __grid_constant__ CausalConv1dFwdParams p,
-                             const __grid_constant__ CausalConv1dFwdPlan plan, uint32_t* faults) {
+    causal_conv1d_tiles_kernel(const __grid_constant__ CausalConv1dFwdParams p,
+                               const __grid_constant__ CausalConv1dFwdPlan plan, uint32_t* faults) {
   check_cu_seqlens(p, faults);
-  const TilePlace place(p, plan, 1);
+  const TilePlace<int64_t> place(p, plan, kChannels);
   if (place.batch < plan.batch)
-    CausalConv1dTile<T, 1, kMaxConvWidth, 8>(p, plan, faults, place.batch, place.d)
+    CausalConv1dTile<T, kChannels, kWidth, kChannels == 1 ? 8 : 4>(p, plan, faults, place.batch,
+                                                                   place.d)
         .run(place.begin, place.end);
 }
 
-// What is not plain.
-template <typename T, int kChannels, int kWidth>
-__device__ __noinline__ void run_tile(const CausalConv1dFwdParams& p,
-                                      const CausalConv1dFwdPlan& plan, uint32_t* faults,
-                                      int64_t batch, int64_t d, int64_t begin, int64_t end) {
-  CausalConv1dTile<T, kChannels, kWidth, kChannels == 1 ? 1 : 2>(p, plan, faults, batch, d)
-      .run(begin, end);
+// The next kUnroll of `steps` steps of some channels.
+template <int kUnroll, typename T, int kChannels>
+__device__ __forceinline__ void load_steps(Words<T, kChannels> (&to)[kUnroll], const T* from,
+                                           int64_t stride, int steps) {
+#pragma unroll
+  for (int i = 0; i < kUnroll; ++i)
+    if (i < steps) to[i] = load_words<kChannels>(from + i * stride);
 }
 
-// A thread has a tile of a vector of channels.
+// The inputs before the first step of a row.
+template <typename T, int kChannels, int kHistory>
+__device__ __forceinline__ void load_initial(const CausalConv1dFwdParams& p,
+                                             const CausalConv1dFwdPlan& plan, int64_t row,
+                                             int64_t d, uint32_t* faults,
+                                             Words<T, kChannels> (&to)[kHistory]) {
+  const CausalConv1dState<T, kChannels> state(p, plan, row, d, faults);
+#pragma unroll
+  for (int k = 0; k < kHistory; ++k) to[k] = state.input(kHistory - k);
+}
+
+// The same where every row is one sequence: a thread computes on some steps while it loads the next.
 template <typename T, int kChannels, int kWidth>
 __global__ void __launch_bounds__(kThreads, CONV_MINB)
     causal_conv1d_channels_kernel(const __grid_constant__ CausalConv1dFwdParams p,
                                   const __grid_constant__ CausalConv1dFwdPlan plan,
                                   uint32_t* faults) {
   constexpr int kHistory = kWidth - 1, kUnroll = CONV_UNROLL;
-  check_cu_seqlens(p, faults);
-  const TilePlace place(p, plan, kChannels);
+  const TilePlace<uint32_t> place(p, plan, kChannels);
   if (place.batch >= plan.batch) return;
-  if (!is_plain<kWidth>(p, place.batch, place.begin, place.end - place.begin))
-    return run_tile<T, kChannels, kWidth>(p, plan, faults, place.batch, place.d, place.begin,
-                                          place.end);
   const T* x = static_cast<const T*>(p.x.data) + place.batch * p.x.stride[0] + place.d +
                place.begin * p.x.stride[2];
   T* out = static_cast<T*>(p.out.data) + place.batch * p.out.stride[0] + place.d +
            place.begin * p.out.stride[2];
-  const CausalConv1dTaps<T, kChannels, kWidth> taps(p, plan, place.d);
-  float window[kWidth][kChannels] = {};
-  if (place.begin > 0)
-#pragma unroll
-    for (int k = 0; k < kHistory; ++k)
-      to_floats(load_words<kChannels>(x + (k - kHistory) * p.x.stride[2]), window[k]);
-
   int steps = static_cast<int>(place.end - place.begin);
-  for (; steps > 0; steps -= kUnroll) {
-    Words<T, kChannels> inputs[kUnroll];
+  Words<T, kChannels> before[kHistory], next[kUnroll];
+  if (place.begin > 0)
+    load_steps(before, x - kHistory * p.x.stride[2], p.x.stride[2], kHistory);
+  else
+    load_initial(p, plan, place.batch, place.d, faults, before);
+  load_steps(next, x, p.x.stride[2], steps);
+  const CausalConv1dTaps<T, kChannels, kWidth> taps(p, plan, place.d);
+  float window[kWidth][kChannels];
 #pragma unroll
-    for (int i = 0; i < kUnroll; ++i, x += p.x.stride[2])
-      if (i < steps) inputs[i] = load_words<kChannels>(x);
+  for (int k = 0; k < kHistory; ++k) to_floats(before[k], window[k]);
+
+  for (; steps > 0; steps -= kUnroll) {
+    Words<T, kChannels> now[kUnroll];
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) now[i] = next[i];
+    x += kUnroll * p.x.stride[2];
+    load_steps(next, x, p.x.stride[2], steps - kUnroll);
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i, out += p.out.stride[2]) {
-      if (i >= steps) return;
-      to_floats(inputs[i], window[kHistory]);
+      if (i >= steps) break;
+      to_floats(now[i], window[kHistory]);
       float result[kChannels];
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
@@ -154,112 +150,190 @@ __global__ void __launch_bounds__(kThreads, CONV_MINB)
       store_words(out, to_words<T>(result));
     }
   }
+  if (place.begin == 0)
+    CausalConv1dState<T, kChannels>(p, plan, place.batch, place.d, faults)
+        .update(static_cast<const T*>(p.x.data) + place.batch * p.x.stride[0] + place.d, 0,
+                p.seqlen);
 }
 
-// --- Steps contiguous
-// ------------------------------------------------------------------------------
+// --- Steps contiguous ------------------------------------------------------------------------------
 
-constexpr int kChunks = CONV_CHUNKS;  // of a thread
+constexpr int kStepsThreads = CONV_STHREADS;
+constexpr int kMaxRowsPerThread = CONV_ROWS;
 
-// How threads lie on rows of steps.
+// How the threads of a block lie on rows of steps, and blocks on the rows of a batch.
 struct StepsPlan {
-  int lanes_log2;      // threads side by side in a row
-  int64_t row_blocks;  // blocks side by side in a row
+  int lanes_log2;        // threads side by side in a row
+  int rows_per_thread;   // one after the other
+  uint32_t row_blocks;   // blocks side by side in a row
+  uint32_t batch_blocks; // blocks of a batch
 };
 
-// A thread has chunks of one channel, each a vector that is aligned in x and out.
+// N steps of a row from step t on, of which those outside [0, seqlen) are 0.
+template <int N, typename T>
+__device__ __forceinline__ Words<T, N> load_part(const T* row, int64_t t, int64_t seqlen) {
+  if (t >= 0 && t + N <= seqlen) return load_words<N>(row + t);
+  float values[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    values[i] = t + i >= 0 && t + i < seqlen ? to_float(row[t + i]) : 0.0f;
+  return to_words<T>(values);
+}
+
+template <int N, typename T>
+__device__ __forceinline__ void store_part(T* row, int64_t t, int64_t seqlen,
+                                           const Words<T, N>& from) {
+  if (t >= 0 && t + N <= seqlen) return store_words(row + t, from);
+  float values[N];
+  to_floats(from, values);
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    if (t + i >= 0 && t + i < seqlen) row[t + i] = from_float<T>(values[i]);
+}
+
+// A vector of a channel's steps, from t on, and what its outputs need; as loaded.
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kThreads)
-    causal_conv1d_steps_kernel(const __grid_constant__ CausalConv1dFwdParams p,
-                               const __grid_constant__ CausalConv1dFwdPlan plan,
-                               const __grid_constant__ StepsPlan steps, uint32_t* faults) {
-  constexpr int kSteps = kVectorSize<T>;
-  check_cu_seqlens(p, faults);
-  const int lanes = 1 << steps.lanes_log2;
-  const int64_t row = blockIdx.x / steps.row_blocks * (kThreads >> steps.lanes_log2) +
-                      (threadIdx.x >> steps.lanes_log2);
-  const int64_t batch = row / p.dim, d = row % p.dim;
-  if (batch >= plan.batch) return;
-  const T* x = static_cast<const T*>(p.x.data) + batch * p.x.stride[0] + d * p.x.stride[1];
-  T* out = static_cast<T*>(p.out.data) + batch * p.out.stride[0] + d * p.out.stride[1];
-  const int phase = static_cast<int>(reinterpret_cast<uintptr_t>(x) / sizeof(T) % kSteps);
-  const int64_t first =
-      (blockIdx.x % steps.row_blocks * kChunks * lanes + threadIdx.x % lanes) * kSteps - phase;
+struct StepsPiece {
+  static constexpr int kSteps = kVectorSize<T>;
+  int64_t t;
+  Words<T, kSteps> inputs;
+  Words<T, kHalo> halo;
+  uint32_t weight[kWidth], bias;  // float32, or T in the lower half
 
-  Words<T, kSteps> inputs[kChunks];
-  Words<T, kHalo> halo[kChunks];
-  bool plain[kChunks];
+  __device__ __forceinline__ void load(const CausalConv1dFwdParams& p,
+                                       const CausalConv1dFwdPlan& plan, int64_t batch, int64_t d,
+                                       int64_t vector, uint32_t* faults) {
+    const T* x = static_cast<const T*>(p.x.data) + batch * p.x.stride[0] + d * p.x.stride[1];
+    t = vector * kSteps - static_cast<int>(reinterpret_cast<uintptr_t>(x) / sizeof(T) % kSteps);
+    inputs = load_part<kSteps>(x, t, p.seqlen);
+    halo = load_part<kHalo>(x, t - kHalo, p.seqlen);
+    if (t == 0 && p.initial_state.data) {
+      const CausalConv1dState<T, 1> state(p, plan, batch, d, faults);
+      float before[kHalo];
 #pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    const int64_t t = first + c * lanes * kSteps;
-    plain[c] = is_plain<kWidth>(p, batch, t, kSteps);
-    halo[c] = {};
-    if (plain[c]) inputs[c] = load_words<kSteps>(x + t);
-    if (plain[c] && t > 0) halo[c] = load_words<kHalo>(x + t - kHalo);
-  }
-  const CausalConv1dTaps<T, 1, kWidth> taps(p, plan, d);
-
-#pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    const int64_t t = first + c * lanes * kSteps;
-    if (!plain[c]) {
-      if (t < p.seqlen && t + kSteps > 0)
-        run_tile<T, 1, kWidth>(p, plan, faults, batch, d, max(t, int64_t{0}),
-                               min(t + kSteps, p.seqlen));
-      continue;
+      for (int i = 0; i < kHalo; ++i) {
+        float value[1] = {};
+        if (i > kHalo - kWidth) to_floats(state.input(kHalo - i), value);
+        before[i] = value[0];
+      }
+      halo = to_words<T>(before);
     }
-    float before[kHalo], input[kSteps], result[kSteps];
-    to_floats(halo[c], before);
-    to_floats(inputs[c], input);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k)
+      weight[k] = load_parameter(p.weight.data, p.weight_dtype,
+                                 d * p.weight.stride[0] + k * p.weight.stride[1]);
+    bias = p.bias.data ? load_parameter(p.bias.data, p.bias_dtype, d * p.bias.stride[0]) : 0;
+  }
+
+  // After all else that reads the states.
+  __device__ __forceinline__ void update_state(const CausalConv1dFwdParams& p,
+                                               const CausalConv1dFwdPlan& plan, int64_t batch,
+                                               int64_t d, uint32_t* faults) const {
+    if (t != 0 || !p.final_state.data) return;
+    const T* x = static_cast<const T*>(p.x.data) + batch * p.x.stride[0] + d * p.x.stride[1];
+    CausalConv1dState<T, 1>(p, plan, batch, d, faults).update(x, 0, p.seqlen);
+  }
+
+  __device__ __forceinline__ Words<T, kSteps> convolve(const CausalConv1dFwdParams& p) const {
+    float before[kHalo], input[kSteps], result[kSteps], w[kWidth];
+    to_floats(halo, before);
+    to_floats(inputs, input);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) w[k] = parameter(weight[k], p.weight_dtype);
+    const float b = parameter(bias, p.bias_dtype);
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      float sum = taps.bias[0];
+      float sum = b;
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
         const int from = i + k - (kWidth - 1);
-        sum = fmaf(taps.weight[k][0], from < 0 ? before[kHalo + from] : input[from], sum);
+        sum = fmaf(w[k], from < 0 ? before[kHalo + from] : input[from], sum);
       }
       result[i] = activate(p, sum);
     }
-    store_words(out + t, to_words<T>(result));
+    return to_words<T>(result);
+  }
+
+ private:
+  static __device__ uint32_t load_parameter(const void* data, DType dtype, int64_t at) {
+    return dtype == DType::float32 ? static_cast<const uint32_t*>(data)[at]
+                                   : static_cast<const uint16_t*>(data)[at];
+  }
+  static __device__ float parameter(uint32_t word, DType dtype) {
+    if (sizeof(T) == 4 || dtype == DType::float32) return __uint_as_float(word);
+    const uint16_t half = static_cast<uint16_t>(word);
+    return to_float(reinterpret_cast<const T&>(half));
+  }
+};
+
+// A thread has the same steps of some channels, a vector of each that is aligned in x and out. It
+// computes on one while it loads the next.
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kStepsThreads, CONV_SMINB)
+    causal_conv1d_steps_kernel(const __grid_constant__ CausalConv1dFwdParams p,
+                               const __grid_constant__ CausalConv1dFwdPlan plan,
+                               const __grid_constant__ StepsPlan steps, uint32_t* faults) {
+  using Piece = StepsPiece<T, kWidth>;
+  const int rows = kStepsThreads >> steps.lanes_log2;  // side by side
+  const uint32_t batch = blockIdx.x / steps.batch_blocks, block = blockIdx.x % steps.batch_blocks;
+  const uint32_t vector = (block % steps.row_blocks << steps.lanes_log2) +
+                          (threadIdx.x & ((1 << steps.lanes_log2) - 1));
+  int64_t d = static_cast<int64_t>(block / steps.row_blocks) * rows * steps.rows_per_thread +
+              (threadIdx.x >> steps.lanes_log2);
+  const int64_t end = min(d + rows * steps.rows_per_thread, p.dim);
+  if (d >= end) return;
+  Piece next;
+  next.load(p, plan, batch, d, vector, faults);
+  for (; d < end; d += rows) {
+    const Piece now = next;
+    if (d + rows < end) next.load(p, plan, batch, d + rows, vector, faults);
+    T* out = static_cast<T*>(p.out.data) + batch * p.out.stride[0] + d * p.out.stride[1];
+    store_part(out, now.t, p.seqlen, now.convolve(p));
+    now.update_state(p, plan, batch, d, faults);
   }
 }
 
-// --- Launch
-// ----------------------------------------------------------------------------------------
+// --- Launch ----------------------------------------------------------------------------------------
 
-template <typename T>
-void launch_any(const CausalConv1dFwdParams& p, const Exec& exec) {
-  CausalConv1dFwdPlan plan = plan_for(p, 1);
-  plan.steps_first = p.x.stride[2] < p.x.stride[1];
-  plan.block_l = kMinBlockL;
+// Tiles as long as leaves the GPU enough of them.
+void set_tiles(CausalConv1dFwdPlan& plan, const CausalConv1dFwdParams& p, int64_t channels,
+               const Exec& exec) {
+  constexpr int64_t kThreadsPerSm = 512;
+  const int64_t lanes = plan.batch * (p.dim / channels);
+  plan.block_l = plan.steps_first ? kMinBlockL : kMaxBlockL;
+  while (plan.block_l > kMinBlockL && lanes * ceil_div(p.seqlen, plan.block_l) <
+                                          kThreadsPerSm * exec.context.cuda().num_sms())
+    plan.block_l /= 2;
   plan.tiles = ceil_div(p.seqlen, plan.block_l);
-  launch_kernel(kOp, causal_conv1d_any_kernel<T>,
-                {blocks_for(plan.batch * p.dim * plan.tiles, kThreads), kThreads}, exec, p, plan,
-                exec.context.cuda().faults());
 }
 
 template <typename T, int kChannels, int kWidth>
-void launch_channels(const CausalConv1dFwdParams& p, const Exec& exec) {
+void launch_tiles(const CausalConv1dFwdParams& p, const Exec& exec) {
   CausalConv1dFwdPlan plan = plan_for(p, kChannels);
-  // Shorter tiles where the GPU would have too little to do.
-  const int64_t lanes = plan.batch * (p.dim / kChannels);
-  plan.block_l = kMaxBlockL;
-  while (plan.block_l > kMinBlockL &&
-         lanes * ceil_div(p.seqlen, plan.block_l) < exec.context.cuda().num_sms() * 512)
-    plan.block_l /= 2;
-  plan.tiles = ceil_div(p.seqlen, plan.block_l);
-  launch_kernel(kOp, causal_conv1d_channels_kernel<T, kChannels, kWidth>,
-                {blocks_for(lanes * plan.tiles, kThreads), kThreads}, exec, p, plan,
+  plan.steps_first = kChannels == 1 && p.x.stride[2] < p.x.stride[1];
+  set_tiles(plan, p, kChannels, exec);
+  const int64_t threads = plan.batch * (p.dim / kChannels) * plan.tiles;
+  const bool plain = !p.cu_seqlens && !p.seq_idx && threads <= INT32_MAX;
+  void (*kernel)(CausalConv1dFwdParams, CausalConv1dFwdPlan, uint32_t*) =
+      causal_conv1d_tiles_kernel<T, kChannels, kWidth>;
+  if constexpr (kChannels > 1)
+    if (plain) kernel = causal_conv1d_channels_kernel<T, kChannels, kWidth>;
+  launch_kernel(kOp, kernel, {blocks_for(threads, kThreads), kThreads}, exec, p, plan,
                 exec.context.cuda().faults());
 }
 
-// Whether rows of x and out can be read by vectors of steps, from the same step on.
+bool rows_aligned(const CausalConv1dFwdParams& p, int64_t size) {
+  return has_vectors(p.x.data, p.dtype, size, p.x.stride[0], p.x.stride[1]);
+}
+
+// Whether rows of x and out can be read by vectors of steps, from the same step on, and nobody but
+// the thread that has the first vector needs a state.
 bool takes_step_vectors(const CausalConv1dFwdParams& p, int64_t size) {
   const auto distance =
       reinterpret_cast<uintptr_t>(p.x.data) - reinterpret_cast<uintptr_t>(p.out.data);
-  return p.width <= kMaxVectorWidth && p.x.stride[2] == 1 && p.out.stride[2] == 1 &&
-         p.seqlen >= size && distance % 16 == 0 && (p.x.stride[0] - p.out.stride[0]) % size == 0 &&
+  return p.width <= kMaxVectorWidth && !p.cu_seqlens && !p.seq_idx && (rows_aligned(p, size) || !(p.initial_state || p.final_state)) && p.x.stride[2] == 1 && p.out.stride[2] == 1 &&
+         p.seqlen >= size && distance % 16 == 0 &&
+         (p.x.stride[0] - p.out.stride[0]) % size == 0 &&
          (p.x.stride[1] - p.out.stride[1]) % size == 0;
 }
 
@@ -267,15 +341,24 @@ template <typename T, int kWidth>
 void launch_steps(const CausalConv1dFwdParams& p, const Exec& exec) {
   constexpr int64_t kSteps = kVectorSize<T>;
   const CausalConv1dFwdPlan plan = plan_for(p, 1);
-  const bool rows_aligned = has_vectors(p.x.data, p.dtype, kSteps, p.x.stride[0], p.x.stride[1]);
-  const int64_t chunks = ceil_div(p.seqlen + (rows_aligned ? 0 : kSteps - 1), kSteps);
+  const int64_t vectors = ceil_div(p.seqlen + (rows_aligned(p, kSteps) ? 0 : kSteps - 1), kSteps);
   StepsPlan steps{};
-  while ((1 << steps.lanes_log2) < kThreads && (kChunks << steps.lanes_log2) < chunks)
-    ++steps.lanes_log2;
-  steps.row_blocks = ceil_div(chunks, kChunks << steps.lanes_log2);
-  const int64_t blocks_down = ceil_div(plan.batch * p.dim, kThreads >> steps.lanes_log2);
+  while ((1 << steps.lanes_log2) < std::min<int64_t>(vectors, kStepsThreads)) ++steps.lanes_log2;
+  const int64_t row_blocks = ceil_div(vectors, 1 << steps.lanes_log2);
+  // Fewer rows where the GPU would have too little to do.
+  const int64_t rows = kStepsThreads >> steps.lanes_log2;
+  const auto blocks = [&] {
+    return plan.batch * row_blocks * ceil_div(p.dim, rows * steps.rows_per_thread);
+  };
+  constexpr int64_t kBlocksPerSm = 16;
+  steps.rows_per_thread = kMaxRowsPerThread;
+  while (steps.rows_per_thread > 1 && blocks() < kBlocksPerSm * exec.context.cuda().num_sms())
+    steps.rows_per_thread /= 2;
+  if (blocks() > INT32_MAX) return launch_tiles<T, 1, kMaxConvWidth>(p, exec);
+  steps.row_blocks = static_cast<uint32_t>(row_blocks);
+  steps.batch_blocks = static_cast<uint32_t>(blocks() / plan.batch);
   launch_kernel(kOp, causal_conv1d_steps_kernel<T, kWidth>,
-                {blocks_for(blocks_down * steps.row_blocks, 1), kThreads}, exec, p, plan, steps,
+                {blocks_for(blocks(), 1), kStepsThreads}, exec, p, plan, steps,
                 exec.context.cuda().faults());
 }
 
@@ -291,11 +374,11 @@ void causal_conv1d_fwd(const CausalConv1dFwdParams& p, const Exec& exec) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int kSize = kVectorSize<T>;
     if (takes_channel_vectors(p, kSize))
-      with_vector_width(p.width, [&](auto width) { launch_channels<T, kSize, width>(p, exec); });
+      with_vector_width(p.width, [&](auto width) { launch_tiles<T, kSize, width>(p, exec); });
     else if (takes_step_vectors(p, kSize))
       with_vector_width(p.width, [&](auto width) { launch_steps<T, width>(p, exec); });
     else
-      launch_any<T>(p, exec);
+      launch_tiles<T, 1, kMaxConvWidth>(p, exec);
   });
 }
 
