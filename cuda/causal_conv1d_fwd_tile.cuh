@@ -2,7 +2,7 @@
 // the inputs. Here is also where sequences begin and end, and what they leave as their states.
 #pragma once
 
-#include "causal_conv1d_taps.cuh"
+#include "causal_conv1d_state.cuh"
 
 namespace ssmcore::cuda {
 
@@ -60,42 +60,21 @@ class CausalConv1dTile {
       const int64_t past_state = row_begin + p.width - 1;
       const int64_t from = begins ? row_begin : max(begin, past_state);
       const int64_t to = min(row_end, begins ? max(end, past_state) : end);
-      State state{};
       if (begins) {
-        state = state_of(row);
+        const CausalConv1dState<T, kChannels> state(p, plan, row, d, faults);
         load_history(state);
+        walk(from, to);
+        state.update(x, row_begin, row_end);
       } else if (from < to) {
         load_history(from);
+        walk(from, to);
       }
-      walk(from, to);
-      write_state(state, row_begin, row_end);
     }
   }
 
  private:
   static constexpr int kHistory = kWidth - 1;
   using Channels = Words<T, kChannels>;
-
-  // What a sequence has for a state.
-  struct State {
-    const T* initial;  // null: zeros
-    T* final;          // null: not wanted
-    int64_t next;      // where a circular one has the next input
-  };
-
-  __device__ State state_of(int64_t row) const {
-    State state{};
-    if (!p.initial_state.data && !p.final_state.data) return state;
-    const int64_t slot = slot_of(p, row, faults);
-    if (slot >= 0 && p.initial_state.data)
-      state.initial = static_cast<const T*>(p.initial_state.data) +
-                      slot * p.initial_state.stride[0] + d * p.initial_state.stride[1];
-    if (slot >= 0 && p.final_state.data)
-      state.final = static_cast<T*>(p.final_state.data) + slot * p.final_state.stride[0] +
-                    d * p.final_state.stride[1];
-    if (p.cache_seqlens.data) state.next = next_place(p, row, faults);
-    return state;
-  }
 
   // The inputs before step t, which are of the same sequence.
   __device__ void load_history(int64_t t) {
@@ -108,75 +87,15 @@ class CausalConv1dTile {
   }
 
   // The inputs before the first step of a sequence.
-  __device__ void load_history(const State& state) {
-    // The place of the oldest; a tap that is missing may have a negative one.
-    int64_t place = p.state_len - kHistory;
-    if (p.cache_seqlens.data)
-      place = state.next - kHistory + (state.next < p.width - 1 ? p.state_len : 0);
+  __device__ void load_history(const CausalConv1dState<T, kChannels>& state) {
 #pragma unroll
-    for (int k = 0; k < kHistory; ++k, ++place) {
-      Channels entry{};
-      if (p.cache_seqlens.data && place == p.state_len) place = 0;
-      if (state.initial && k >= taps.missing(p))
-        entry = load_state(state.initial, p.initial_state, place);
-      to_floats(entry, history[k]);
+    for (int k = 0; k < kHistory; ++k) {
+      if (k >= taps.missing(p)) to_floats(state.input(kHistory - k), history[k]);
       history_numbers[k] = -1;
     }
   }
 
-  __device__ Channels load_state(const T* state, const Strided<3>& states, int64_t place) const {
-    state += place * states.stride[2];
-    if (plan.state_vectors) return load_words<kChannels>(state);
-    float values[kChannels];
-#pragma unroll
-    for (int i = 0; i < kChannels; ++i) values[i] = to_float(state[i * states.stride[1]]);
-    return to_words<T>(values);
-  }
-
-  __device__ void store_state(T* state, int64_t place, const Channels& entry) const {
-    state += place * p.final_state.stride[2];
-    if (plan.state_vectors) return store_words(state, entry);
-    float values[kChannels];
-    to_floats(entry, values);
-#pragma unroll
-    for (int i = 0; i < kChannels; ++i) state[i * p.final_state.stride[1]] = from_float<T>(values[i]);
-  }
-
-  // The last state_len of (initial, x). Where they share their memory, what is written has been
-  // read before.
-  __device__ void write_state(const State& state, int64_t row_begin, int64_t row_end) const {
-    if (!state.final) return;
-    if (p.cache_seqlens.data) return write_circular_state(state, row_begin, row_end);
-    constexpr int kBatch = 4;
-    for (int64_t place = 0; place < p.state_len; place += kBatch) {
-      Channels entry[kBatch];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        entry[i] = Channels{};
-        if (place + i >= p.state_len) continue;
-        const int64_t t = row_end - p.state_len + place + i;
-        if (t >= row_begin)
-          entry[i] = load_words<kChannels>(x + t * p.x.stride[2]);
-        else if (state.initial)
-          entry[i] = load_state(state.initial, p.initial_state, t - row_begin + p.state_len);
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i)
-        if (place + i < p.state_len) store_state(state.final, place + i, entry[i]);
-    }
-  }
-
-  __device__ void write_circular_state(const State& state, int64_t row_begin,
-                                       int64_t row_end) const {
-    const int64_t begin = max(row_begin, row_end - p.state_len);
-    int64_t place = (state.next + begin - row_begin) % p.state_len;
-    for (int64_t t = begin; t < row_end; ++t) {
-      store_state(state.final, place, load_words<kChannels>(x + t * p.x.stride[2]));
-      if (++place == p.state_len) place = 0;
-    }
-  }
-
-  __device__ __forceinline__ void walk(int64_t begin, int64_t end) {
+  __device__ void walk(int64_t begin, int64_t end) {
     const T* from = x + begin * p.x.stride[2];
     T* to = out + begin * p.out.stride[2];
     for (int64_t t = begin; t < end; t += kUnroll) {

@@ -83,24 +83,4 @@ __device__ __forceinline__ float activate(const CausalConv1dFwdParams& p, float 
   return p.activation == Activation::silu ? silu(sum) : sum;
 }
 
-// The slot of a row's state; negative: none.
-__device__ __forceinline__ int64_t slot_of(const CausalConv1dFwdParams& p, int64_t row,
-                                           uint32_t* faults) {
-  if (!p.state_indices.data) return row;
-  const int64_t slot =
-      static_cast<const int32_t*>(p.state_indices.data)[row * p.state_indices.stride[0]];
-  if (slot < p.slots) return slot;
-  report(faults, Fault::causal_conv1d_state_indices);
-  return -1;
-}
-
-// Where a circular state has a row's next input.
-__device__ __forceinline__ int64_t next_place(const CausalConv1dFwdParams& p, int64_t row,
-                                              uint32_t* faults) {
-  const int32_t seen =
-      static_cast<const int32_t*>(p.cache_seqlens.data)[row * p.cache_seqlens.stride[0]];
-  if (seen < 0) report(faults, Fault::causal_conv1d_cache_seqlens);
-  return max(seen, 0) % p.state_len;
-}
-
 }  // namespace ssmcore::cuda

@@ -15,7 +15,9 @@ struct CublasLt {
   enum ComputeType : int { kCompute32F = 68 };  // for float32 operands: no TF32
   enum Transpose : int32_t { kTransposed = 1 };
   enum Epilogue : int32_t { kAddBias = 4 };
-  enum ReductionScheme : uint32_t { kNoReduction = 0, kReductionInComputeType = 2 };
+  // How parts of a sum are added up. Both do so in a fixed order, in place in the type of the
+  // output.
+  enum ReductionScheme : uint32_t { kReductionInPlace = 1, kReductionInComputeType = 2 };
   enum class OperationAttribute : int {
     transpose_a = 3,
     epilogue = 7,

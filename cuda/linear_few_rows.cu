@@ -13,8 +13,8 @@ namespace {
 constexpr int kLanes = 32;
 constexpr int kMinWarps = 4;
 constexpr int kMaxWarps = 16;
-// Warps of an SM that together have enough of the weight in flight.
-constexpr int kWarpsPerSm = 12;
+// Warps that an SM has room for at once.
+constexpr int kWarpsPerSm = 20;
 
 // A lane takes a weight row in pieces of 16 bytes, in each step one of as many rows as a warp has
 // outputs.
@@ -22,6 +22,7 @@ using Piece = Vector<uint32_t, 4>;
 constexpr int kOutputs = 4;
 constexpr int kStages = 4;  // steps in flight
 constexpr int kRingSize = kStages * kOutputs * kLanes;
+constexpr size_t kRingBytes = kRingSize * sizeof(Piece);
 
 // Some rows of the weight, kOutputs from `first` on, as one warp takes them.
 template <typename W>
@@ -141,21 +142,23 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes)
   }
 }
 
+// The warps that split in_features between them: as many as there is room for, and steps to take.
+int split_for(const DeviceState& device, int64_t blocks, int64_t steps, size_t parts_bytes) {
+  const size_t room = (device.shared_memory_per_block() - parts_bytes) / kRingBytes;
+  const int64_t most = std::min(
+      {int64_t{kMaxWarps}, static_cast<int64_t>(room), kWarpsPerSm * device.num_sms() / blocks});
+  int split = 1;
+  while (split < steps && 2 * split <= most) split *= 2;
+  return split;
+}
+
 template <typename X, typename W, int kRows>
 void launch_with(const LinearParams& p, const Exec& exec) {
-  const DeviceState& device = exec.context.cuda();
-  constexpr size_t kRingBytes = kRingSize * sizeof(Piece);
-  const size_t most_warps =
-      (device.shared_memory_per_block() - sizeof(float) * kMaxWarps * kRows * kOutputs) /
-      kRingBytes;
-  const int64_t steps = ceil_div(p.in_features, kLanes * kVectorSize<W>);
-  const int64_t groups = ceil_div(p.out_features, kOutputs);
-  int split = 1;
-  while (split < steps && split * groups < kWarpsPerSm * device.num_sms() &&
-         2 * split <= std::min<int64_t>(kMaxWarps, most_warps))
-    split *= 2;
+  const int64_t groups = ceil_div(p.out_features, kOutputs), row_blocks = ceil_div(p.rows, kRows);
+  const int split = split_for(exec.context.cuda(), groups * row_blocks,
+                              ceil_div(p.in_features, kLanes * kVectorSize<W>),
+                              sizeof(float) * kMaxWarps * kRows * kOutputs);
   const int warps = std::max(split, kMinWarps);
-  const int64_t row_blocks = ceil_div(p.rows, kRows);
   const Grid grid{blocks_for(ceil_div(groups, warps / split) * row_blocks, 1), warps * kLanes,
                   warps * kRingBytes};
   launch_kernel("linear", linear_few_rows_kernel<X, W, kRows>, grid, exec, p, split, row_blocks);

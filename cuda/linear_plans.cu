@@ -44,10 +44,10 @@ int64_t alignment_of(int64_t n) {
 struct Matrix {
   DType dtype;
   int64_t rows, cols, stride;
-  int64_t alignment;  // of every row
+  int64_t alignment;  // of every row, and of any row alone
 
-  Matrix(const void* data, DType dtype, int64_t rows, int64_t cols, int64_t row_stride)
-      : dtype(dtype), rows(rows), cols(cols), stride(rows == 1 ? cols : row_stride) {
+  Matrix(const void* data, DType dtype, int64_t rows, int64_t cols, int64_t stride)
+      : dtype(dtype), rows(rows), cols(cols), stride(stride) {
     const int64_t address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data));
     const int64_t stride_bytes = stride * static_cast<int64_t>(dtype_size(dtype));
     alignment = std::min(alignment_of(address), alignment_of(stride_bytes));
@@ -77,15 +77,14 @@ struct Matrices {
   }
 };
 
+// Whether the operands are such as cuBLASLt takes. This does not depend on the number of rows, so
+// that batch-invariant products of any number go the same way.
 bool can_describe(const LinearParams& p) {
-  const bool x =
-      (p.x.stride[1] == 1 || p.in_features == 1) && (p.x.stride[0] >= p.in_features || p.rows == 1);
-  const bool weight = p.weight_row_stride >= p.in_features || p.out_features == 1;
-  const bool out = (p.out.stride[1] == 1 || p.out_features == 1) &&
-                   (p.out.stride[0] >= p.out_features || p.rows == 1);
-  const bool bias = !p.bias || (p.bias_dtype == p.out_dtype && is_aligned(p.bias.data, 16) &&
-                                (p.bias.stride[0] == 1 || p.out_features == 1));
-  return p.dtype == p.weight_dtype && x && weight && out && bias;
+  const bool bias = !p.bias || (p.bias_dtype == p.out_dtype && p.bias.stride[0] == 1 &&
+                                is_aligned(p.bias.data, 16));
+  return p.dtype == p.weight_dtype && bias && p.x.stride[1] == 1 && p.out.stride[1] == 1 &&
+         p.x.stride[0] >= p.in_features && p.weight_row_stride >= p.in_features &&
+         p.out.stride[0] >= p.out_features;
 }
 
 // One of cuBLASLt's objects.
@@ -147,18 +146,20 @@ struct LinearPlans::Plan {
     }
     const Matrices matrices(p);
     if (!batch_invariant) {
-      algorithm = best(lt, handle, matrices, layouts, plan_workspace_size(p),
-                       CublasLt::kReductionInComputeType);
+      // No parts of a sum are rounded to 16 bits before they are added up.
+      const uint32_t reductions = CublasLt::kReductionInComputeType |
+                                  (p.out_dtype == DType::float32 ? CublasLt::kReductionInPlace : 0);
+      algorithm = best(lt, handle, matrices, layouts, plan_workspace_size(p), reductions);
       return;
     }
     // One algorithm for any number of rows, with sums in one piece: one order of each.
     const Matrices invariant = Matrices::invariant(p);
     if (!matrices.at_least_as_aligned_as(invariant)) return;
-    algorithm = best(lt, handle, invariant, Layouts(lt, invariant), 0, CublasLt::kNoReduction);
+    algorithm = best(lt, handle, invariant, Layouts(lt, invariant), 0, 0);
     CublasLt::Heuristic result;
-    if (algorithm && lt.check(handle, operation, layouts.weight, layouts.x, layouts.out,
-                              layouts.out, &*algorithm, &result) != CublasLt::kSuccess)
-      algorithm.reset();
+    if (algorithm)
+      check(lt, lt.check(handle, operation, layouts.weight, layouts.x, layouts.out, layouts.out,
+                         &*algorithm, &result));
   }
 
   void set_bias(const CublasLt& lt, const LinearParams& p) {
@@ -173,8 +174,7 @@ struct LinearPlans::Plan {
 
   std::optional<CublasLt::Algorithm> best(const CublasLt& lt, CublasLt::Handle handle,
                                           const Matrices& matrices, const Layouts& described,
-                                          uint64_t workspace_bytes,
-                                          CublasLt::ReductionScheme scheme) {
+                                          uint64_t workspace_bytes, uint32_t reductions) {
     using Attribute = CublasLt::PreferenceAttribute;
     Owned<CublasLt::Preference, &CublasLt::preference_destroy> preference(lt);
     check(lt, lt.preference_create(preference.address()));
@@ -182,7 +182,7 @@ struct LinearPlans::Plan {
       check(lt, lt.preference_set(preference, attribute, &value, sizeof value));
     };
     prefer(Attribute::max_workspace_bytes, workspace_bytes);
-    prefer(Attribute::reduction_scheme_mask, scheme);
+    prefer(Attribute::reduction_scheme_mask, reductions);
     prefer(Attribute::min_alignment_a, static_cast<uint32_t>(matrices.weight.alignment));
     prefer(Attribute::min_alignment_b, static_cast<uint32_t>(matrices.x.alignment));
     prefer(Attribute::min_alignment_c, static_cast<uint32_t>(matrices.out.alignment));

@@ -35,11 +35,12 @@ class Operand {
     from_ = static_cast<const T*>(data) + row * row_stride + threadIdx.x % kSlice * col_stride;
   }
 
-  __device__ void load(int64_t k, float (&values)[kLoads]) const {
+  // Not converted yet, which would wait for it.
+  __device__ void load(int64_t k, T (&values)[kLoads]) const {
     const T* from = from_ + k * col_stride_;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i, from += row_step_)
-      values[i] = i * kRowStep < rows_ && k < cols_ ? to_float(*from) : 0.0f;
+      values[i] = i * kRowStep < rows_ && k < cols_ ? *from : from_float<T>(0.0f);
   }
 
  private:
@@ -50,10 +51,12 @@ class Operand {
   int64_t cols_, row_step_, col_stride_;
 };
 
-__device__ void store(const float (&values)[kLoads], Slice& slice) {
+template <typename T>
+__device__ void store(const T (&values)[kLoads], Slice& slice) {
 #pragma unroll
   for (int i = 0; i < kLoads; ++i)
-    slice[threadIdx.x % kSlice][threadIdx.x / kSlice + i * (kThreads / kSlice)] = values[i];
+    slice[threadIdx.x % kSlice][threadIdx.x / kSlice + i * (kThreads / kSlice)] =
+        to_float(values[i]);
 }
 
 __device__ void read(const Slice& slice, int k, int begin, float (&values)[kPerThread]) {
@@ -78,7 +81,8 @@ __global__ void __launch_bounds__(kThreads, 6)
   const int output = threadIdx.x % (kTile / kPerThread) * kRun;
 
   float sum[kPerThread][kPerThread] = {};
-  float x_next[kLoads], weight_next[kLoads];
+  X x_next[kLoads];
+  W weight_next[kLoads];
   x.load(0, x_next);
   weight.load(0, weight_next);
   for (int64_t k = 0; k < p.in_features; k += kSlice) {

@@ -75,11 +75,18 @@ std::optional<DType> dlpack_dtype(dlpack::DataType type) {
   return std::nullopt;
 }
 
+std::string type_text(dlpack::DataType type) {
+  const char* const kinds[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
+  const std::string kind = type.code < std::size(kinds)
+                               ? kinds[type.code]
+                               : "type " + std::to_string(type.code) + " of ";
+  return kind + std::to_string(type.bits) +
+         (type.lanes == 1 ? "" : " in vectors of " + std::to_string(type.lanes));
+}
+
 void read_tensor(const dlpack::Tensor& tensor, const std::string& what, TensorView& view) {
   const std::optional<DType> dtype = dlpack_dtype(tensor.dtype);
-  if (!dtype)
-    fail(what, "has a DLPack dtype (code " + std::to_string(tensor.dtype.code) + ", " +
-                   std::to_string(tensor.dtype.bits) + " bits) that ssmcore does not know");
+  if (!dtype) fail(what, "has dtype " + type_text(tensor.dtype) + ", which ssmcore does not know");
   check_rank(what, tensor.ndim);
   const bool on_cpu = tensor.device.code == dlpack::kCpu || tensor.device.code == dlpack::kCudaHost;
   const bool on_cuda =

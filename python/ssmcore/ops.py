@@ -22,13 +22,14 @@ what came, for a shape, dtype, device or value that does not fit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from . import _core
-from ._arrays import dtype_name, gpu_of, require_mutable, reshaped
-from ._outputs import library_of
+from ._arrays import dtype_name, gpu_of, is_token_major, require_mutable, reshaped
+from ._outputs import Library, library_of
 from .errors import InvalidArgumentError
 
 Array = Any
@@ -60,6 +61,14 @@ def _require_rank(array: Any, what: str, rank: int, dims: str) -> None:
 def _require_size(value: Any, what: str) -> None:
     if not isinstance(value, (int, np.integer)) or value < 1:
         raise InvalidArgumentError(f"{what} is {value!r}, expected a whole number of at least 1")
+
+
+def _empty_like(library: Library, array: Array) -> Array:
+    """Memory for an output like a (B, D, L) array: token-major where that is, which is faster."""
+    if len(array.shape) == 3 and is_token_major(array):
+        batch, dim, seqlen = array.shape
+        return library.empty((batch, seqlen, dim), dtype_name(array)).swapaxes(1, 2)
+    return library.empty(array.shape, dtype_name(array))
 
 
 def _rows(array: Array) -> Array:
@@ -121,7 +130,7 @@ def selective_scan(
     if cu_seqlens is not None:
         _require_rank(cu_seqlens, "selective_scan: cu_seqlens", 1, "(sequences + 1,)")
         rows = max(cu_seqlens.shape[0] - 1, 0)
-    out = library.empty(u.shape, dtype_name(u))
+    out = _empty_like(library, u)
     last_state = chunk_states = delta_sum = None
     if return_last_state:
         last_state = library.empty((rows, dim, dstate), dtype_name(A))
@@ -256,7 +265,7 @@ def causal_conv1d(
     _require_rank(x, "causal_conv1d: x", 3, "(batch, dim, seqlen)")
     _require_rank(weight, "causal_conv1d: weight", 2, "(dim, width)")
     library = library_of(x)
-    out = library.empty(x.shape, dtype_name(x))
+    out = _empty_like(library, x)
     final_state = None
     if return_final_state:
         state_len = weight.shape[1] - 1 if initial_state is None else initial_state.shape[-1]
@@ -315,7 +324,7 @@ def causal_conv1d_update(
         "causal_conv1d takes it as initial_state and returns the final state",
     )
     library = library_of(x)
-    out = library.empty(x.shape, dtype_name(x))
+    out = _empty_like(library, x)
     _core.causal_conv1d_update(
         on=library.on(check=check),
         x=x,
@@ -444,6 +453,16 @@ def embedding(
     return library.hand_over(out)
 
 
+# The range of each setting of `sample`, and how to say it.
+_SETTINGS: dict[str, tuple[Callable[[np.ndarray], Any], str]] = {
+    "repetition_penalty": (lambda v: (v > 0) & np.isfinite(v), "a positive number"),
+    "temperature": (lambda v: (v >= 0) & np.isfinite(v), "a finite number of at least 0"),
+    "top_k": (lambda v: v >= 0, "at least 0 (0: off)"),
+    "top_p": (lambda v: (v > 0) & (v <= 1), "more than 0 and at most 1"),
+    "min_p": (lambda v: (v >= 0) & (v <= 1), "0 to 1"),
+}
+
+
 def sample(
     logits: Array,
     *,
@@ -494,11 +513,15 @@ def sample(
                 raise ValueError(f"beyond {dtype}")
             if name == "seed" and given.ndim == 0:
                 converted = converted + np.arange(batch)
-            return library.from_host(np.broadcast_to(converted, (batch,)))
+            rows = np.broadcast_to(converted, (batch,))
         except (TypeError, ValueError) as error:
             raise InvalidArgumentError(
                 f"sample: {name} is {value!r}, expected a number or {batch} of them"
             ) from error
+        valid, expected = _SETTINGS.get(name, (None, ""))
+        if valid is not None and not valid(rows).all():
+            raise InvalidArgumentError(f"sample: {name} is {value!r}, expected {expected}")
+        return library.from_host(rows)
 
     _core.sample(
         on=library.on(check=check),

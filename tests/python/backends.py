@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers import DTYPES
 
 import ssmcore
 
@@ -20,12 +22,19 @@ class Backend:
     to_device: Callable[[np.ndarray], Any]
     to_numpy: Callable[[Any], np.ndarray]
 
+    @property
+    def sees_values(self) -> bool:
+        """Whether values, of indices say, are looked at before anything runs."""
+        return self.name == "cpu"
+
     def call(self, operator: Callable[..., Any], **arguments: Any) -> Any:
         """`operator` on NumPy arguments, with its results as NumPy arrays.
 
         An argument that is changed in place must come from `to_device`.
         """
         results = operator(**{name: self._moved(value) for name, value in arguments.items()})
+        # What a kernel has found wrong is raised here, as elsewhere what the host has.
+        ssmcore.synchronize(results[0] if isinstance(results, tuple) else results)
         if isinstance(results, tuple):
             return tuple(self.to_numpy(result) for result in results)
         return self.to_numpy(results)
@@ -42,26 +51,30 @@ def _to_cuda(array: np.ndarray) -> Any:
 
     # What torch.empty gives, and so every output, is then NaN until it is written.
     torch.use_deterministic_algorithms(True)
-    base = array
-    while isinstance(base.base, np.ndarray):
-        base = base.base
-    memory = base if base.flags.c_contiguous else base.T  # every array of the tests is one of them
-    assert memory.flags.c_contiguous
-    flat = torch.tensor(memory.reshape(-1).view(np.uint8), device="cuda")
-    offset = (array.ctypes.data - memory.ctypes.data) // array.itemsize
+    if min(array.strides, default=0) < 0:
+        pytest.skip("torch has no negative strides")
+    around = array
+    while isinstance(around.base, np.ndarray):
+        around = around.base
+    begin, end = np.lib.array_utils.byte_bounds(around)
+    memory = np.frombuffer((ctypes.c_uint8 * (end - begin)).from_address(begin), np.uint8)
+    flat = torch.tensor(memory, device="cuda").view(getattr(torch, array.dtype.name))
+    offset = (array.ctypes.data - begin) // array.itemsize
     strides = [stride // array.itemsize for stride in array.strides]
-    typed = flat.view(getattr(torch, array.dtype.name))
-    return torch.as_strided(typed, array.shape, strides, offset)
+    return torch.as_strided(flat, array.shape, strides, offset)
 
 
 def _from_cuda(tensor: Any) -> np.ndarray:
+    """A view with the strides of `tensor`, into a copy of all the memory that the tensor is in."""
     import torch
 
-    if tensor.dtype == torch.bfloat16:
-        import ml_dtypes
-
-        return tensor.contiguous().view(torch.int16).cpu().numpy().view(ml_dtypes.bfloat16)
-    return tensor.cpu().numpy()
+    storage = torch.empty(0, dtype=torch.uint8, device="cuda").set_(tensor.untyped_storage())
+    name = str(tensor.dtype).rpartition(".")[2]
+    dtype = DTYPES.get(name, np.dtype(name))
+    memory = storage.cpu().numpy().view(dtype).copy()  # what the view's base is then
+    strides = [stride * dtype.itemsize for stride in tensor.stride()]
+    offset = tensor.storage_offset() * dtype.itemsize
+    return np.ndarray(tuple(tensor.shape), dtype, memory, offset, strides)
 
 
 BACKENDS = {

@@ -1,0 +1,111 @@
+// The states of the causal convolution: the inputs before a sequence, and those that it leaves.
+#pragma once
+
+#include "causal_conv1d_taps.cuh"
+
+namespace ssmcore::cuda {
+
+// Of kChannels channels from d on, for the sequence `row`.
+template <typename T, int kChannels>
+class CausalConv1dState {
+ public:
+  using Channels = Words<T, kChannels>;
+
+  __device__ __forceinline__ CausalConv1dState(const CausalConv1dFwdParams& p,
+                                               const CausalConv1dFwdPlan& plan, int64_t row,
+                                               int64_t d, uint32_t* faults)
+      : p(p), plan(plan) {
+    if (!p.initial_state.data && !p.final_state.data) return;
+    int64_t slot = row;
+    if (p.state_indices.data)
+      slot = static_cast<const int32_t*>(p.state_indices.data)[row * p.state_indices.stride[0]];
+    if (slot >= p.slots) report(faults, Fault::causal_conv1d_state_indices);
+    if (slot < 0 || slot >= p.slots) return;
+    if (p.initial_state.data)
+      initial = static_cast<const T*>(p.initial_state.data) + slot * p.initial_state.stride[0] +
+                d * p.initial_state.stride[1];
+    if (p.final_state.data)
+      final = static_cast<T*>(p.final_state.data) + slot * p.final_state.stride[0] +
+              d * p.final_state.stride[1];
+    if (!p.cache_seqlens.data) return;
+    const int32_t seen =
+        static_cast<const int32_t*>(p.cache_seqlens.data)[row * p.cache_seqlens.stride[0]];
+    if (seen < 0) report(faults, Fault::causal_conv1d_cache_seqlens);
+    next = max(seen, 0) % p.state_len;
+  }
+
+  // The input `back` steps before the first: 1 to width - 1.
+  __device__ __forceinline__ Channels input(int back) const {
+    if (!initial) return {};
+    const int64_t place = (p.cache_seqlens.data ? next : p.state_len) - back;
+    return load(initial, p.initial_state, place < 0 ? place + p.state_len : place);
+  }
+
+  // Leaves what follows from inputs [begin, end) of x, which are these channels' of the sequence.
+  __device__ __forceinline__ void update(const T* x, int64_t begin, int64_t end) const {
+    if (!final) return;
+    if (p.cache_seqlens.data)
+      update_circular(x, begin, end);
+    else
+      update_shifted(x, begin, end);
+  }
+
+ private:
+  // The last state_len of (initial, x). Where the two states share their memory, what is written
+  // has been read before.
+  __device__ __forceinline__ void update_shifted(const T* x, int64_t begin, int64_t end) const {
+    constexpr int kBatch = 4;
+    for (int64_t place = 0; place < p.state_len; place += kBatch) {
+      Channels entry[kBatch] = {};
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int64_t t = end - p.state_len + place + i;
+        if (place + i >= p.state_len) continue;
+        if (t >= begin)
+          entry[i] = load_words<kChannels>(x + t * p.x.stride[2]);
+        else if (initial)
+          entry[i] = load(initial, p.initial_state, t - begin + p.state_len);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+        if (place + i < p.state_len) store(place + i, entry[i]);
+    }
+  }
+
+  __device__ __forceinline__ void update_circular(const T* x, int64_t begin, int64_t end) const {
+    int64_t t = max(begin, end - p.state_len);
+    int64_t place = (next + t - begin) % p.state_len;
+    for (; t < end; ++t) {
+      store(place, load_words<kChannels>(x + t * p.x.stride[2]));
+      if (++place == p.state_len) place = 0;
+    }
+  }
+
+  __device__ __forceinline__ Channels load(const T* from, const Strided<3>& states,
+                                           int64_t place) const {
+    from += place * states.stride[2];
+    if (plan.state_vectors) return load_words<kChannels>(from);
+    float values[kChannels];
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) values[i] = to_float(from[i * states.stride[1]]);
+    return to_words<T>(values);
+  }
+
+  __device__ __forceinline__ void store(int64_t place, const Channels& entry) const {
+    T* to = final + place * p.final_state.stride[2];
+    if (plan.state_vectors) return store_words(to, entry);
+    float values[kChannels];
+    to_floats(entry, values);
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i)
+      to[i * p.final_state.stride[1]] = from_float<T>(values[i]);
+  }
+
+  const CausalConv1dFwdParams& p;
+  const CausalConv1dFwdPlan& plan;
+  const T* initial = nullptr;  // null: zeros
+  T* final = nullptr;          // null: not wanted
+  int64_t next = 0;            // where a circular state has the next input
+};
+
+}  // namespace ssmcore::cuda
