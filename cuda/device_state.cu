@@ -2,6 +2,7 @@
 
 #include "device_state.h"
 #include "launch.h"
+#include "linear_plans.h"
 #include "ssmcore/error.h"
 
 namespace ssmcore::cuda {
@@ -14,11 +15,12 @@ const char* message(Fault fault) {
     case Fault::selective_scan_cu_seqlens:
       return "selective_scan: cu_seqlens does not ascend from 0 to the sequence length";
     case Fault::selective_scan_state_indices:
-      return "selective_scan: state_indices holds an index beyond the slots";
+      return "selective_scan or selective_state_update: state_indices holds an index beyond the "
+             "slots";
     case Fault::causal_conv1d_cu_seqlens:
       return "causal_conv1d: cu_seqlens does not ascend from 0 to the sequence length";
     case Fault::causal_conv1d_state_indices:
-      return "causal_conv1d: state_indices holds an index beyond the slots";
+      return "causal_conv1d or causal_conv1d_update: state_indices holds an index beyond the slots";
     case Fault::causal_conv1d_cache_seqlens:
       return "causal_conv1d_update: cache_seqlens holds a negative entry";
     case Fault::embedding_token_ids:
@@ -26,7 +28,7 @@ const char* message(Fault fault) {
     case Fault::sample_history:
       return "sample: history holds an id outside the vocabulary";
     case Fault::sample_setting:
-      return "sample: a setting is out of its range";
+      return "sample: repetition_penalty, temperature, top_k, top_p or min_p is out of its range";
     case Fault::sample_logits:
       return "sample: the logits of a row hold a NaN or no finite largest value";
     case Fault::count:
@@ -91,14 +93,21 @@ DeviceState::~DeviceState() {
 }
 
 void DeviceState::raise_faults() {
+  std::string found;
   for (int i = 0; i < kFaults; ++i) {
     volatile uint32_t& fault = host_faults_[i];
     if (fault == 0) continue;
     fault = 0;
-    throw Error(ErrorCode::invalid_argument, std::string(message(static_cast<Fault>(i))) +
-                                                 ", found on cuda:" + std::to_string(index_) +
-                                                 " while it ran");
+    found += (found.empty() ? "" : "; ") + std::string(message(static_cast<Fault>(i)));
   }
+  if (!found.empty())
+    throw Error(ErrorCode::invalid_argument,
+                found + " (found on cuda:" + std::to_string(index_) + " while it ran)");
+}
+
+LinearPlans& DeviceState::linear_plans() {
+  std::call_once(linear_plans_once_, [&] { linear_plans_ = std::make_unique<LinearPlans>(); });
+  return *linear_plans_;
 }
 
 std::shared_ptr<DeviceState> make_device_state(int index) {
@@ -116,6 +125,28 @@ void synchronize(DeviceState& device, void* stream) {
   const DeviceGuard guard(device.index());
   check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)), "synchronize");
   device.raise_faults();
+}
+
+void* make_stream(DeviceState& device) {
+  const DeviceGuard guard(device.index());
+  cudaStream_t stream = nullptr;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+  return stream;
+}
+
+void destroy_stream(DeviceState& device, void* stream) noexcept {
+  const DeviceGuard guard(device.index());
+  cudaStreamDestroy(static_cast<cudaStream_t>(stream));
+}
+
+void wait_for(DeviceState& device, void* stream, void* earlier) {
+  const DeviceGuard guard(device.index());
+  cudaEvent_t event = nullptr;
+  check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "stream");
+  cudaError_t status = cudaEventRecord(event, static_cast<cudaStream_t>(earlier));
+  if (status == cudaSuccess) status = cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), event);
+  cudaEventDestroy(event);  // once it has come to pass
+  check(status, "stream");
 }
 
 void copy_bytes(DeviceState& device, void* to, const void* from, size_t bytes, void* stream) {

@@ -4,11 +4,15 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <memory>
+#include <mutex>
 
 #include "../cpp/src/cuda_backend.h"
 #include "device/fault.cuh"
 
 namespace ssmcore::cuda {
+
+class LinearPlans;
 
 class DeviceState {
  public:
@@ -27,11 +31,16 @@ class DeviceState {
   // Throws Error(invalid_argument) for what kernels have reported since the last time.
   void raise_faults();
 
+  // Made on first use. Throws Error(unsupported) where there is no cuBLASLt.
+  LinearPlans& linear_plans();
+
  private:
   int index_, num_sms_ = 0;
   size_t shared_memory_per_block_ = 0;
   uint32_t* host_faults_ = nullptr;  // pinned memory that the device writes
   uint32_t* device_faults_ = nullptr;
+  std::once_flag linear_plans_once_;
+  std::unique_ptr<LinearPlans> linear_plans_;
 };
 
 // Makes a device current for as long as it lives.

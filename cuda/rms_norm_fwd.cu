@@ -9,9 +9,9 @@ namespace ssmcore::cuda {
 namespace {
 
 constexpr const char* kOp = "rms_norm";
-constexpr int kSize = 8;             // elements of a vector, of any type
-constexpr int kMaxThreads = 512;     // of a block of vectors
-constexpr int kElementThreads = 256; // of a block of single elements
+constexpr int kSize = 8;              // elements of a vector, of any type
+constexpr int kMaxThreads = 512;      // of a block of vectors
+constexpr int kElementThreads = 256;  // of a block of single elements
 constexpr int kWarp = 32;
 
 // kSize neighbours as they are in memory: so loads of any type, unconverted, run ahead.
@@ -121,7 +121,8 @@ __global__ void __launch_bounds__(kVectors == 1 ? kMaxThreads / 2 : kMaxThreads)
   for (int j = 0; j < kVectors; ++j) {
     if (!is_inside(j)) continue;
     x[j] = load_raw(p.x.data, p.dtype, at(p.x, j));
-    if (p.residual.data) residual[j] = load_raw(p.residual.data, p.residual_dtype, at(p.residual, j));
+    if (p.residual.data)
+      residual[j] = load_raw(p.residual.data, p.residual_dtype, at(p.residual, j));
     if (p.z.data) z[j] = load_raw(p.z.data, p.z_dtype, at(p.z, j));
   }
 
@@ -230,8 +231,9 @@ void launch_rms_norm_fwd(void (*kernel)(RmsNormFwdParams, int), const RmsNormFwd
                          int lanes, const Exec& exec) {
   constexpr int kSmallThreads = 128;
   const int threads = lanes > kWarp ? lanes : kSmallThreads;
-  launch_kernel(kOp, kernel, {blocks_for(p.rows * (p.dim / p.group_size), threads / lanes), threads},
-                exec, p, lanes);
+  launch_kernel(kOp, kernel,
+                {blocks_for(p.rows * (p.dim / p.group_size), threads / lanes), threads}, exec, p,
+                lanes);
 }
 
 }  // namespace

@@ -18,8 +18,19 @@ int device_count();
 
 Allocator& default_allocator(int index);
 
+// Where cuBLASLt is, if the process has not loaded it already and SSMCORE_CUBLASLT does not say.
+// Heeded until the first product that needs it.
+void set_cublaslt_path(const char* path);
+
 // Waits for `stream` and throws what the device or a kernel had to report.
 void synchronize(DeviceState& device, void* stream);
+
+// A stream that does not wait for the default one.
+void* make_stream(DeviceState& device);
+void destroy_stream(DeviceState& device, void* stream) noexcept;
+
+// `stream` goes on once `earlier` has come to here.
+void wait_for(DeviceState& device, void* stream, void* earlier);
 
 // Between any two of host and device, in the order of `stream`. From and to pageable host memory
 // it returns when the copy is done.

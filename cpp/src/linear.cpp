@@ -1,5 +1,7 @@
 #include "ssmcore/linear.h"
 
+#include <string>
+
 #include "checks.h"
 #include "kernels.h"
 
@@ -9,6 +11,10 @@ namespace {
 LinearParams lower(const LinearArgs& args, const Context& context) {
   const Checks check("linear", context.device());
   const TensorView& weight = args.weight.data;
+  check.require(args.weight.format == WeightFormat::dense, [&] {
+    return "weight has format " + std::to_string(static_cast<int>(args.weight.format)) +
+           ", expected dense";
+  });
   check.rank(args.x, "x", 2, "(rows, in_features)");
   check.rank(weight, "weight", 2, "(out_features, in_features)");
   const Dim rows{"rows", args.x.shape[0]}, in_features{"in_features", args.x.shape[1]},

@@ -156,10 +156,11 @@ size_t mamba_block_fwd_workspace_size(const MambaBlockFwdArgs& args, const Conte
 }
 
 void mamba_block_fwd(const MambaBlockFwdArgs& args, const Exec& exec) {
-  Checks("mamba_block", exec.context.device())
-      .workspace(exec, mamba_block_fwd_workspace_size(args, exec.context));
-  Scratch scratch(exec.workspace);
+  // Placing operands touches no memory, so the plan that runs can also tell whether there is room.
+  Scratch scratch = exec.workspace ? Scratch(exec.workspace) : Scratch::nowhere();
   const Plan plan(args, exec.context, scratch);
+  Checks("mamba_block", exec.context.device())
+      .workspace(exec, scratch.used() + plan.largest_workspace(exec.context));
   const Exec rest = scratch.rest(exec);
   linear(plan.in_proj, rest);
   causal_conv1d_fwd(plan.conv, rest);

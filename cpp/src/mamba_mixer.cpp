@@ -69,13 +69,4 @@ std::unique_ptr<Mixer> make_mamba_mixer(const ModelConfig& config, int64_t layer
   return std::make_unique<MambaMixer>(config, layer, dtype, loader);
 }
 
-std::unique_ptr<Mixer> make_mixer(const ModelConfig& config, int64_t layer, DType dtype,
-                                  WeightLoader& loader) {
-  switch (config.layers[static_cast<size_t>(layer)]) {
-    case MixerType::mamba:
-      break;
-  }
-  return make_mamba_mixer(config, layer, dtype, loader);
-}
-
 }  // namespace ssmcore

@@ -28,7 +28,21 @@ Allocator& default_allocator(int) {
   fail();
 }
 
+void set_cublaslt_path(const char*) {
+  fail();
+}
+
 void synchronize(DeviceState&, void*) {
+  fail();
+}
+
+void* make_stream(DeviceState&) {
+  fail();
+}
+
+void destroy_stream(DeviceState&, void*) noexcept {}
+
+void wait_for(DeviceState&, void*, void*) {
   fail();
 }
 

@@ -4,18 +4,11 @@
 namespace ssmcore::cuda {
 
 inline constexpr float kLog2e = 1.4426950408889634f;
-inline constexpr float kLn2 = 0.6931471805599453f;
 
 // 2^x to 2 units in the last place; results below 2^-126 are 0.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ float log2_approx(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
@@ -25,13 +18,19 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
   return y;
 }
 
-// x > 20 ? x : log1p(exp(x)), to a few units in the last place also where the result is tiny:
-// log1p(e) = e - e²/2 + e³/3 - … for small e, where 1 + e would lose it.
+// log1p(exp(x)) = max(x, 0) + log1p(exp(-|x|)), to a few units in the last place also where the
+// result is tiny. Beyond 20 it is x, as softplus is defined.
 __device__ __forceinline__ float softplus(float x) {
-  const float e = exp2_approx(x * kLog2e);
-  const float large = kLn2 * log2_approx(1.0f + e);
-  const float small = e * (1.0f + e * (-0.5f + e * (1.0f / 3 + e * (-0.25f + e * 0.2f))));
-  return x > 20.0f ? x : (e < 0.0625f ? small : large);
+  const float e = exp2_approx(-fabsf(x) * kLog2e);
+  float y = -0.00853919797f;
+  y = y * e + 0.0440895967f;
+  y = y * e - 0.107681662f;
+  y = y * e + 0.177452385f;
+  y = y * e - 0.244954616f;
+  y = y * e + 0.332754791f;
+  y = y * e - 0.499974042f;
+  y = y * e + 0.999999821f;
+  return y * e + fmaxf(x, 0.0f);
 }
 
 __device__ __forceinline__ float silu(float x) {

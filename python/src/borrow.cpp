@@ -2,6 +2,7 @@
 
 #include <pybind11/numpy.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "dlpack.h"
@@ -74,11 +75,18 @@ std::optional<DType> dlpack_dtype(dlpack::DataType type) {
   return std::nullopt;
 }
 
+std::string type_text(dlpack::DataType type) {
+  const char* const kinds[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
+  const std::string kind = type.code < std::size(kinds)
+                               ? kinds[type.code]
+                               : "type " + std::to_string(type.code) + " of ";
+  return kind + std::to_string(type.bits) +
+         (type.lanes == 1 ? "" : " in vectors of " + std::to_string(type.lanes));
+}
+
 void read_tensor(const dlpack::Tensor& tensor, const std::string& what, TensorView& view) {
   const std::optional<DType> dtype = dlpack_dtype(tensor.dtype);
-  if (!dtype)
-    fail(what, "has a DLPack dtype (code " + std::to_string(tensor.dtype.code) + ", " +
-                   std::to_string(tensor.dtype.bits) + " bits) that ssmcore does not know");
+  if (!dtype) fail(what, "has dtype " + type_text(tensor.dtype) + ", which ssmcore does not know");
   check_rank(what, tensor.ndim);
   const bool on_cpu = tensor.device.code == dlpack::kCpu || tensor.device.code == dlpack::kCudaHost;
   const bool on_cuda =
@@ -98,13 +106,28 @@ void read_tensor(const dlpack::Tensor& tensor, const std::string& what, TensorVi
   }
 }
 
-py::object dlpack_capsule(py::handle array) {
+bool is_on_gpu(py::handle array) {
+  if (!py::hasattr(array, "__dlpack_device__")) return false;
+  const int code = py::int_(array.attr("__dlpack_device__")().attr("__getitem__")(0));
+  return code == dlpack::kCuda || code == dlpack::kCudaManaged;
+}
+
+// The numbers of DLPack: 1 is the default stream, and -1 asks for no order at all.
+py::dict stream_argument(py::handle array, void* stream) {
+  py::dict argument;
+  if (is_on_gpu(array))
+    argument["stream"] = stream ? static_cast<int64_t>(reinterpret_cast<intptr_t>(stream)) : -1;
+  return argument;
+}
+
+py::object dlpack_capsule(py::handle array, void* stream) {
   const py::object method = array.attr("__dlpack__");
+  const py::dict argument = stream_argument(array, stream);
   try {
-    return method(py::arg("max_version") = py::make_tuple(1, 0));
+    return method(py::arg("max_version") = py::make_tuple(1, 0), **argument);
   } catch (py::error_already_set& error) {
     if (!error.matches(PyExc_TypeError)) throw;
-    return method();  // a producer from before DLPack 1.0
+    return method(**argument);  // a producer from before DLPack 1.0
   }
 }
 
@@ -120,12 +143,53 @@ py::object without_gradient(py::handle array, const std::string& what) {
   return array.attr("detach")();
 }
 
+// The interface that the type of an array has for C, if any.
+const dlpack::ExchangeApi* exchange_api(py::handle array) {
+  const py::handle type = py::type::handle_of(array);
+  if (!py::hasattr(type, "__dlpack_c_exchange_api__")) return nullptr;
+  const py::object capsule = type.attr("__dlpack_c_exchange_api__");
+  if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
+  const auto* api = static_cast<const dlpack::ExchangeApi*>(
+      PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  return api->major == 1 && api->tensor_from_object ? api : nullptr;
+}
+
+// Whether `stream` is where the library of the array works at present; its default is 0 or 1.
+bool is_current(const dlpack::ExchangeApi& api, const dlpack::Tensor& tensor, void* stream) {
+  if (tensor.device.code == dlpack::kCpu) return true;
+  void* current = nullptr;
+  if (!api.current_stream ||
+      api.current_stream(tensor.device.code, tensor.device.index, &current) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  const auto number = [](void* handle) { return std::max<uintptr_t>(uintptr_t(handle), 1); };
+  return number(current) == number(stream);
+}
+
+// Without calls of Python, which take microseconds. Needs no order beyond that of the stream.
+std::optional<Borrowed> borrow_directly(py::handle array, const std::string& what, void* stream) {
+  const dlpack::ExchangeApi* api = exchange_api(array);
+  dlpack::Tensor tensor;
+  if (!api) return std::nullopt;
+  if (api->tensor_from_object(array.ptr(), &tensor) != 0) {
+    PyErr_Clear();  // the other way says what is wrong
+    return std::nullopt;
+  }
+  if (!is_current(*api, tensor, stream)) return std::nullopt;
+  Borrowed borrowed;
+  borrowed.owner = py::reinterpret_borrow<py::object>(array);
+  read_tensor(tensor, what, borrowed.view);
+  return borrowed;
+}
+
 // The capsule stays unconsumed and is the owner: dropping it lets the producer free its export.
-Borrowed borrow_dlpack(py::handle array, const std::string& what) {
+Borrowed borrow_dlpack(py::handle array, const std::string& what, void* stream) {
   Borrowed borrowed;
   const py::object tensor = without_gradient(array, what);
+  if (auto direct = borrow_directly(tensor, what, stream)) return *direct;
   try {
-    borrowed.owner = dlpack_capsule(tensor);
+    borrowed.owner = dlpack_capsule(tensor, stream);
   } catch (const py::error_already_set& error) {
     fail(what, "cannot be read through DLPack: " + std::string(py::str(error.value())));
   }
@@ -149,10 +213,10 @@ Borrowed borrow_dlpack(py::handle array, const std::string& what) {
 
 }  // namespace
 
-Borrowed borrow(py::handle array, const std::string& what) {
+Borrowed borrow(py::handle array, const std::string& what, void* stream) {
   if (py::isinstance<py::array>(array))
     return borrow_numpy(py::reinterpret_borrow<py::array>(array), what);
-  if (py::hasattr(array, "__dlpack__")) return borrow_dlpack(array, what);
+  if (py::hasattr(array, "__dlpack__")) return borrow_dlpack(array, what, stream);
   fail(what, "is a " + type_name(array) + ", expected an array");
 }
 

@@ -17,8 +17,9 @@ struct Borrowed {
 };
 
 // NumPy arrays are read through NumPy (which has bfloat16 from ml_dtypes), anything else through
-// DLPack. `what`, as in "selective_scan: u", begins the message of the Error(invalid_argument) for
-// what is not an array or has a dtype or a device that ssmcore does not know.
-Borrowed borrow(pybind11::handle array, const std::string& what);
+// DLPack; memory of a GPU is then ready on `stream`. `what`, as in "selective_scan: u", begins the
+// message of the Error(invalid_argument) for what is not an array or has a dtype or a device that
+// ssmcore does not know.
+Borrowed borrow(pybind11::handle array, const std::string& what, void* stream = nullptr);
 
 }  // namespace ssmcore

@@ -1,4 +1,5 @@
-// One call of an operator from Python: its keyword arguments, its workspace, the GIL.
+// One call of an operator from Python: its keyword arguments, where it runs, its workspace, the
+// GIL.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -8,13 +9,11 @@
 #include <vector>
 
 #include "borrow.h"
+#include "device.h"
 #include "ssmcore/context.h"
 #include "ssmcore/error.h"
 
 namespace ssmcore {
-
-// The context that all Python calls share.
-Context& cpu_context();
 
 // Held shared by every call, from the size of its workspace to its end, and exclusively by whoever
 // changes the number of threads, on which that size depends.
@@ -22,7 +21,17 @@ std::shared_mutex& calls();
 
 class Call {
  public:
-  Call(const char* op, const pybind11::kwargs& arguments) : op_(op), arguments_(arguments) {}
+  // The keyword `on` says where, as ssmcore/_arrays.py makes it: None for the CPU, or the tuple
+  // (index of the GPU, stream, type of arrays, check, batch_invariant).
+  Call(const char* op, const pybind11::kwargs& arguments) : op_(op), arguments_(arguments) {
+    if (!arguments.contains("on") || arguments["on"].is_none()) return;
+    const pybind11::tuple on = arguments["on"];
+    device_ = {DeviceType::cuda, on[0].cast<int>()};
+    stream_ = reinterpret_cast<void*>(on[1].cast<uintptr_t>());
+    ordered_type_ = on[2];
+    check_ = on[3].cast<bool>();
+    batch_invariant_ = on[4].cast<bool>();
+  }
 
   // An array that is read; absent where it is None or not given.
   TensorView input(const char* name) { return array(name).view; }
@@ -45,26 +54,37 @@ class Call {
   template <typename Args>
   void run(size_t (*workspace_size)(const Args&, const Context&),
            void (*op)(const Args&, const Exec&), const Args& args) const {
-    const Context& context = cpu_context();
     const pybind11::gil_scoped_release release;
+    const Context& context = context_of(device_, batch_invariant_);
     const std::shared_lock<std::shared_mutex> lock(calls());
     const Buffer workspace(context.allocator(), workspace_size ? workspace_size(args, context) : 0,
-                           op_);
-    op(args, Exec{context, nullptr, workspace.data(), workspace.bytes()});
+                           op_, stream_);
+    op(args, Exec{context, stream_, workspace.data(), workspace.bytes()});
+    if (check_ || !released_in_order_) context.synchronize(stream_);
   }
 
  private:
   Borrowed array(const char* name) {
     if (!arguments_.contains(name) || arguments_[name].is_none()) return {};
-    borrowed_.push_back(borrow(arguments_[name], std::string(op_) + ": " + name));
+    const pybind11::handle given = arguments_[name];
+    borrowed_.push_back(borrow(given, std::string(op_) + ": " + name, stream_));
+    // Another library may use the memory again as soon as this returns.
+    if (device_.type == DeviceType::cuda &&
+        (ordered_type_.is_none() || !pybind11::isinstance(given, ordered_type_)))
+      released_in_order_ = false;
     return borrowed_.back();
   }
 
   const char* op_;
   const pybind11::kwargs& arguments_;
+  Device device_;
+  void* stream_ = nullptr;
+  pybind11::object ordered_type_;  // of arrays whose memory is only used again after the stream
+  bool check_ = false, batch_invariant_ = false, released_in_order_ = true;
   std::vector<Borrowed> borrowed_;
 };
 
+void bind_arrays(pybind11::module_& module);
 void bind_ops(pybind11::module_& module);
 void bind_model(pybind11::module_& module);
 

@@ -47,4 +47,18 @@ struct ManagedTensorVersioned {
 
 inline constexpr uint64_t kReadOnly = 1;
 
+// What the capsule "dlpack_exchange_api" holds, the attribute __dlpack_c_exchange_api__ of a type
+// of arrays: its exchange without calls of Python (version 1.3). Members that ssmcore does not use
+// have no signature here.
+struct ExchangeApi {
+  uint32_t major, minor;
+  ExchangeApi* previous;
+  void (*allocate)();
+  void (*managed_tensor_from_object)();
+  void (*managed_tensor_to_object)();
+  // Borrows for as long as the object lives; -1 and a Python exception where it cannot.
+  int (*tensor_from_object)(void* object, Tensor* tensor);
+  int (*current_stream)(int32_t device_code, int32_t device_index, void** stream);
+};
+
 }  // namespace ssmcore::dlpack

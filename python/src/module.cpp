@@ -11,12 +11,6 @@ namespace py = pybind11;
 
 namespace ssmcore {
 
-Context& cpu_context() {
-  // Never destroyed: threads may still be using it when the interpreter ends.
-  static Context& context = *new Context;
-  return context;
-}
-
 std::shared_mutex& calls() {
   static std::shared_mutex& mutex = *new std::shared_mutex;
   return mutex;
@@ -61,6 +55,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
         cpu_context().set_num_threads(n);
       },
       py::arg("n"), py::call_guard<py::gil_scoped_release>());
+  bind_arrays(module);
   bind_ops(module);
   bind_model(module);
 }

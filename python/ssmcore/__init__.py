@@ -4,12 +4,13 @@
     model = ssmcore.load()
     print(model.generate("It is a truth universally acknowledged, that"))
 
-`load` opens a model and `save` writes one, `Model` generates, scores and gives logits, and `ops`
-holds the operators. Every failure is an `Error`.
+`load` opens a model and `save` writes one, `Model` generates, scores and gives logits, `ops` holds
+the operators, and an `Array` is memory on any device. Every failure is an `Error`.
 """
 
 from ssmcore import ops
 from ssmcore._core import __version__, num_threads, set_num_threads
+from ssmcore.arrays import Array, array, cuda_device_count, empty, synchronize
 from ssmcore.errors import BackendError, Error, InvalidArgumentError
 from ssmcore.library import get_library
 from ssmcore.loading import load, save
@@ -18,6 +19,7 @@ from ssmcore.scoring import Score
 from ssmcore.state import State
 
 __all__ = [
+    "Array",
     "BackendError",
     "Error",
     "InvalidArgumentError",
@@ -25,10 +27,14 @@ __all__ = [
     "Score",
     "State",
     "__version__",
+    "array",
+    "cuda_device_count",
+    "empty",
     "get_library",
     "load",
     "num_threads",
     "ops",
     "save",
     "set_num_threads",
+    "synchronize",
 ]

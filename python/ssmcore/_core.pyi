@@ -1,12 +1,15 @@
 """The native module: operators on borrowed arrays, checkpoints, language models.
 
-An Array is a NumPy array or anything with DLPack. Arrays are never copied; those marked as written
-are changed in place. Failures are the exceptions of `ssmcore.errors`.
+An AnyArray is a NumPy array or anything with DLPack. Arrays are never copied; those marked as
+written are changed in place. Failures are the exceptions of `ssmcore.errors`.
 """
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-Array: TypeAlias = Any
+import numpy as np
+
+AnyArray: TypeAlias = Any
 
 __version__: str
 
@@ -23,112 +26,175 @@ def set_num_threads(n: int) -> None:
     on. Raises InvalidArgumentError for another n.
     """
 
-# Operators. ssmcore/ops.py says what they compute; `out` and states are written.
+class Array:
+    """Memory on the CPU or a GPU that belongs to no framework. `ssmcore.empty` and `ssmcore.array`
+    make it; calls on arrays of a GPU run on a stream that ssmcore has for that GPU.
+
+    It speaks DLPack: `torch.from_dlpack(array)`, `cupy.from_dlpack(array)` and the like share its
+    memory, and it stays alive for them.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def ndim(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def device(self) -> str:
+        """ "cpu", "cuda:0", …"""
+    def reshape(self, *shape: int) -> Array:
+        """The same memory in another shape; one size may be -1."""
+    def numpy(self) -> np.ndarray:
+        """The memory itself as a NumPy array, or from a GPU a copy, which is waited for.
+
+        InvalidArgumentError if a kernel has met an index out of range.
+        """
+    def copy_from(self, source: AnyArray) -> None:
+        """Overwrites it with a contiguous array of its shape and dtype, from any device."""
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+def empty(shape: Sequence[int], dtype: str, device: str) -> Array: ...
+def cuda_device_count() -> int:
+    """The GPUs that this build and machine can use."""
+
+def set_cublaslt_path(path: str) -> None:
+    """Where to load cuBLASLt from, unless a copy of it is loaded already."""
+
+def own_stream(index: int) -> int:
+    """The handle of the stream that ssmcore has for a GPU."""
+
+def synchronize(index: int, stream: int) -> None:
+    """Waits for a stream of a GPU, and raises what was found wrong on it."""
+
+# Operators. ssmcore/ops.py says what they compute; `out` and states are written. `on`: None for the
+# CPU, or (index of the GPU, stream, type of arrays, check, batch_invariant), as _outputs.py has it.
 
 def selective_scan(
     *,
-    u: Array,
-    delta: Array,
-    A: Array,
-    B: Array,
-    C: Array,
-    D: Array | None = None,
-    z: Array | None = None,
-    delta_bias: Array | None = None,
+    on: Any,
+    u: AnyArray,
+    delta: AnyArray,
+    A: AnyArray,
+    B: AnyArray,
+    C: AnyArray,
+    D: AnyArray | None = None,
+    z: AnyArray | None = None,
+    delta_bias: AnyArray | None = None,
     delta_softplus: bool,
-    initial_state: Array | None = None,
-    cu_seqlens: Array | None = None,
-    last_state: Array | None = None,
-    chunk_states: Array | None = None,
+    initial_state: AnyArray | None = None,
+    cu_seqlens: AnyArray | None = None,
+    last_state: AnyArray | None = None,
+    chunk_states: AnyArray | None = None,
     chunk_size: int,
-    delta_sum: Array | None = None,
-    out: Array,
+    delta_sum: AnyArray | None = None,
+    out: AnyArray,
 ) -> None: ...
 def selective_state_update(
     *,
-    state: Array,
-    x: Array,
-    dt: Array,
-    A: Array,
-    B: Array,
-    C: Array,
-    D: Array | None = None,
-    z: Array | None = None,
-    dt_bias: Array | None = None,
+    on: Any,
+    state: AnyArray,
+    x: AnyArray,
+    dt: AnyArray,
+    A: AnyArray,
+    B: AnyArray,
+    C: AnyArray,
+    D: AnyArray | None = None,
+    z: AnyArray | None = None,
+    dt_bias: AnyArray | None = None,
     dt_softplus: bool,
-    state_indices: Array | None = None,
-    out: Array,
+    state_indices: AnyArray | None = None,
+    out: AnyArray,
 ) -> None: ...
 def causal_conv1d(
     *,
-    x: Array,
-    weight: Array,
-    bias: Array | None = None,
+    on: Any,
+    x: AnyArray,
+    weight: AnyArray,
+    bias: AnyArray | None = None,
     activation: str | None,
-    initial_state: Array | None = None,
-    cu_seqlens: Array | None = None,
-    seq_idx: Array | None = None,
-    final_state: Array | None = None,
-    out: Array,
+    initial_state: AnyArray | None = None,
+    cu_seqlens: AnyArray | None = None,
+    seq_idx: AnyArray | None = None,
+    final_state: AnyArray | None = None,
+    out: AnyArray,
 ) -> None: ...
 def causal_conv1d_update(
     *,
-    x: Array,
-    conv_state: Array,
-    weight: Array,
-    bias: Array | None = None,
+    on: Any,
+    x: AnyArray,
+    conv_state: AnyArray,
+    weight: AnyArray,
+    bias: AnyArray | None = None,
     activation: str | None,
-    cache_seqlens: Array | None = None,
-    state_indices: Array | None = None,
-    out: Array,
+    cache_seqlens: AnyArray | None = None,
+    state_indices: AnyArray | None = None,
+    out: AnyArray,
 ) -> None: ...
 def rms_norm(
     *,
-    x: Array,
-    weight: Array | None = None,
-    residual: Array | None = None,
-    residual_out: Array | None = None,
-    z: Array | None = None,
-    out: Array,
+    on: Any,
+    x: AnyArray,
+    weight: AnyArray | None = None,
+    residual: AnyArray | None = None,
+    residual_out: AnyArray | None = None,
+    z: AnyArray | None = None,
+    out: AnyArray,
     group_size: int,
     norm_before_gate: bool,
     eps: float,
 ) -> None: ...
-def linear(*, x: Array, weight: Array, bias: Array | None = None, out: Array) -> None: ...
-def embedding(*, token_ids: Array, weight: Array, out: Array) -> None: ...
+def linear(
+    *, on: Any, x: AnyArray, weight: AnyArray, bias: AnyArray | None = None, out: AnyArray
+) -> None: ...
+def embedding(*, on: Any, token_ids: AnyArray, weight: AnyArray, out: AnyArray) -> None: ...
 def sample(
     *,
-    logits: Array,
-    history: Array | None = None,
-    repetition_penalty: Array | None = None,
-    temperature: Array | None = None,
-    top_k: Array | None = None,
-    top_p: Array | None = None,
-    min_p: Array | None = None,
-    seed: Array | None = None,
-    position: Array | None = None,
-    out: Array,
+    on: Any,
+    logits: AnyArray,
+    history: AnyArray | None = None,
+    repetition_penalty: AnyArray | None = None,
+    temperature: AnyArray | None = None,
+    top_k: AnyArray | None = None,
+    top_p: AnyArray | None = None,
+    min_p: AnyArray | None = None,
+    seed: AnyArray | None = None,
+    position: AnyArray | None = None,
+    out: AnyArray,
 ) -> None: ...
 def mamba_block(
     *,
-    in_proj: Array,
-    in_proj_bias: Array | None = None,
-    conv_weight: Array,
-    conv_bias: Array | None = None,
-    x_proj: Array,
-    dt_proj: Array,
-    dt_bias: Array | None = None,
-    A: Array,
-    D: Array | None = None,
-    out_proj: Array,
-    out_proj_bias: Array | None = None,
-    x: Array,
-    conv_state: Array | None = None,
-    ssm_state: Array | None = None,
-    cu_seqlens: Array | None = None,
-    state_indices: Array | None = None,
+    on: Any,
+    in_proj: AnyArray,
+    in_proj_bias: AnyArray | None = None,
+    conv_weight: AnyArray,
+    conv_bias: AnyArray | None = None,
+    x_proj: AnyArray,
+    dt_proj: AnyArray,
+    dt_bias: AnyArray | None = None,
+    A: AnyArray,
+    D: AnyArray | None = None,
+    out_proj: AnyArray,
+    out_proj_bias: AnyArray | None = None,
+    x: AnyArray,
+    conv_state: AnyArray | None = None,
+    ssm_state: AnyArray | None = None,
+    cu_seqlens: AnyArray | None = None,
+    state_indices: AnyArray | None = None,
     dt_B_C_norm_eps: float,
-    out: Array,
+    out: AnyArray,
 ) -> None: ...
 
 class ModelConfig:
@@ -185,7 +251,7 @@ class Checkpoint:
     def open(folder: str) -> Checkpoint:
         """Maps the folder's safetensors; InvalidArgumentError if it is not there or damaged."""
     @staticmethod
-    def from_tensors(config: ModelConfig, tensors: dict[str, Array]) -> Checkpoint:
+    def from_tensors(config: ModelConfig, tensors: dict[str, AnyArray]) -> Checkpoint:
         """Borrows the arrays for as long as the checkpoint, or a model of it, lives."""
     @property
     def config(self) -> ModelConfig: ...
@@ -224,11 +290,11 @@ class LanguageModel:
     def new_state(self, num_slots: int = 1) -> ModelState: ...
     def forward(
         self,
-        token_ids: Array,
-        logits: Array | None,
+        token_ids: AnyArray,
+        logits: AnyArray | None,
         state: ModelState,
-        state_indices: Array | None = None,
-        cu_seqlens: Array | None = None,
+        state_indices: AnyArray | None = None,
+        cu_seqlens: AnyArray | None = None,
     ) -> None:
         """Runs (batch, seqlen) ids, from `state` on, which is updated.
 

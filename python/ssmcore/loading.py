@@ -64,7 +64,9 @@ def load(
     if device not in ("auto", "cpu", "cuda"):
         raise InvalidArgumentError(f'load: device should be "auto" or "cpu", got {device!r}')
     if device == "cuda":
-        raise BackendError('load: device is "cuda", but this build of ssmcore has no CUDA backend')
+        raise BackendError(
+            'load: device is "cuda", but models have no CUDA path yet; only ssmcore.ops has'
+        )
     if dtype not in _DTYPES:
         known = ", ".join(f'"{name}"' for name in _DTYPES)
         raise InvalidArgumentError(f"load: dtype should be one of {known}, got {dtype!r}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ssmcore._arrays import library_of
+from ssmcore._outputs import library_of
 from ssmcore.errors import InvalidArgumentError
 from ssmcore.generate import Generation, GenerationSettings
 from ssmcore.scoring import Score, sum_nats, windows_of

@@ -1,4 +1,4 @@
-"""The operators of selective state space models, on NumPy, torch, JAX and other DLPack arrays.
+"""The operators of selective state space models, on NumPy, torch, CuPy, JAX and other arrays.
 
 Outputs are arrays of the library that the first argument belongs to; inputs are never copied, may
 be read-only and may have any non-negative strides. What is updated in place must be writable, which
@@ -9,18 +9,27 @@ float16, one type in a call; A, D, biases of delta, and the scan's states are fl
 Packed sequences lie one after another in a batch of 1, sequence s in the steps
 [cu_seqlens[s], cu_seqlens[s + 1]) of (S + 1,) int32 `cu_seqlens`; states are then (S, ...).
 
+On a GPU a call runs on the current stream of the first argument's library, and returns before it is
+done where all arrays belong to that library. Indices (`cu_seqlens`, `state_indices`, token ids, …)
+cannot be looked at before it runs: bad ones are never followed, and reported by the next call on
+the device, by `ssmcore.synchronize`, or at once with `check=True`, which waits for the call. With
+`batch_invariant=True` the bits of a row's result do not depend on its batch, for some speed; on the
+CPU they never do.
+
 Every function raises `ssmcore.InvalidArgumentError`, naming the argument, what was expected and
 what came, for a shape, dtype, device or value that does not fit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from . import _core
-from ._arrays import dtype_name, library_of, require_mutable, reshaped
+from ._arrays import dtype_name, gpu_of, is_token_major, require_mutable, reshaped
+from ._outputs import Library, library_of
 from .errors import InvalidArgumentError
 
 Array = Any
@@ -54,8 +63,12 @@ def _require_size(value: Any, what: str) -> None:
         raise InvalidArgumentError(f"{what} is {value!r}, expected a whole number of at least 1")
 
 
-def _as_numpy(array: Array) -> np.ndarray:
-    return np.asarray(array) if hasattr(array, "__array__") else np.from_dlpack(array)
+def _empty_like(library: Library, array: Array) -> Array:
+    """Memory for an output like a (B, D, L) array: token-major where that is, which is faster."""
+    if len(array.shape) == 3 and is_token_major(array):
+        batch, dim, seqlen = array.shape
+        return library.empty((batch, seqlen, dim), dtype_name(array)).swapaxes(1, 2)
+    return library.empty(array.shape, dtype_name(array))
 
 
 def _rows(array: Array) -> Array:
@@ -79,6 +92,8 @@ def selective_scan(
     return_last_state: bool = True,
     chunk_size: int | None = None,
     return_delta_sum: bool = False,
+    check: bool = False,
+    batch_invariant: bool = False,
 ) -> Any:
     """The selective scan (Gu & Dao, arXiv 2312.00752, algorithm 2).
 
@@ -100,7 +115,8 @@ def selective_scan(
         cu_seqlens: (S + 1,), int32: packed sequences.
         return_last_state: also return the state after the last step, (B, D, N), A's dtype.
         chunk_size: K: also return the state after every K steps and after the last,
-            (B, ⌈L / K⌉, D, N); packed: (1, Σ ⌈length / K⌉, D, N), in order.
+            (B, ⌈L / K⌉, D, N); packed: (1, Σ ⌈length / K⌉, D, N), in order, for which a GPU's
+            `cu_seqlens` are waited for and read.
         return_delta_sum: also return the sum of Δ over each sequence, (B, D).
 
     Returns:
@@ -110,25 +126,27 @@ def selective_scan(
     _require_rank(A, "selective_scan: A", 2, "(dim, dstate)")
     library = library_of(u)
     (batch, dim, seqlen), dstate = u.shape, A.shape[1]
-    rows, lengths = batch, np.full(batch, seqlen)
+    rows = batch
     if cu_seqlens is not None:
         _require_rank(cu_seqlens, "selective_scan: cu_seqlens", 1, "(sequences + 1,)")
-        # Entries that are no boundaries are refused below.
-        lengths = np.clip(np.diff(_as_numpy(cu_seqlens)), 0, seqlen)
-        rows = len(lengths)
-    out = library.empty(u.shape, dtype_name(u))
+        rows = max(cu_seqlens.shape[0] - 1, 0)
+    out = _empty_like(library, u)
     last_state = chunk_states = delta_sum = None
     if return_last_state:
         last_state = library.empty((rows, dim, dstate), dtype_name(A))
     if chunk_size is not None:
         _require_size(chunk_size, "selective_scan: chunk_size")
-        chunks = -(-lengths // chunk_size)
-        shape = (batch, int(chunks[0]) if cu_seqlens is None else int(chunks.sum()), dim, dstate)
-        chunk_states = library.empty(shape, dtype_name(A))
+        chunks = -(-seqlen // chunk_size)
+        if cu_seqlens is not None:
+            # Entries that are no boundaries are refused below.
+            lengths = np.clip(np.diff(library_of(cu_seqlens).to_host(cu_seqlens)), 0, seqlen)
+            chunks = int((-(-lengths // chunk_size)).sum())
+        chunk_states = library.empty((batch, chunks, dim, dstate), dtype_name(A))
     if return_delta_sum:
         parameter = "float64" if dtype_name(u) == "float64" else "float32"
         delta_sum = library.empty((rows, dim), parameter)
     _core.selective_scan(
+        on=library.on(check=check, batch_invariant=batch_invariant),
         u=u,
         delta=delta,
         A=A,
@@ -167,6 +185,7 @@ def selective_state_update(
     dt_softplus: bool = False,
     *,
     state_indices: Array | None = None,
+    check: bool = False,
 ) -> Array:
     """One step of the selective scan, updating `state` in place.
 
@@ -197,6 +216,7 @@ def selective_state_update(
     library = library_of(x)
     out = library.empty(x.shape, dtype_name(x))
     _core.selective_state_update(
+        on=library.on(check=check),
         state=state,
         x=x,
         dt=dt,
@@ -223,6 +243,7 @@ def causal_conv1d(
     cu_seqlens: Array | None = None,
     seq_idx: Array | None = None,
     return_final_state: bool = False,
+    check: bool = False,
 ) -> Any:
     """The causal depthwise convolution: out(t) = act(bias + Σ_w weight[w] x(t - W + 1 + w)).
 
@@ -244,7 +265,7 @@ def causal_conv1d(
     _require_rank(x, "causal_conv1d: x", 3, "(batch, dim, seqlen)")
     _require_rank(weight, "causal_conv1d: weight", 2, "(dim, width)")
     library = library_of(x)
-    out = library.empty(x.shape, dtype_name(x))
+    out = _empty_like(library, x)
     final_state = None
     if return_final_state:
         state_len = weight.shape[1] - 1 if initial_state is None else initial_state.shape[-1]
@@ -254,6 +275,7 @@ def causal_conv1d(
             rows = max(cu_seqlens.shape[0] - 1, 0)
         final_state = library.empty((rows, x.shape[1], state_len), dtype_name(x))
     _core.causal_conv1d(
+        on=library.on(check=check),
         x=x,
         weight=weight,
         bias=bias,
@@ -277,6 +299,7 @@ def causal_conv1d_update(
     *,
     cache_seqlens: Array | None = None,
     state_indices: Array | None = None,
+    check: bool = False,
 ) -> Array:
     """The convolution for the next tokens of running sequences, updating `conv_state` in place.
 
@@ -301,8 +324,9 @@ def causal_conv1d_update(
         "causal_conv1d takes it as initial_state and returns the final state",
     )
     library = library_of(x)
-    out = library.empty(x.shape, dtype_name(x))
+    out = _empty_like(library, x)
     _core.causal_conv1d_update(
+        on=library.on(check=check),
         x=x,
         conv_state=conv_state,
         weight=weight,
@@ -358,6 +382,7 @@ def rms_norm(
     if residual is not None:
         residual_out = library.empty(x.shape, dtype_name(residual))
     _core.rms_norm(
+        on=library.on(),
         x=_rows(x),
         weight=weight,
         residual=None if residual is None else _rows(residual),
@@ -372,7 +397,13 @@ def rms_norm(
     return out if residual is None else (out, library.hand_over(residual_out))
 
 
-def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+def linear(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    batch_invariant: bool = False,
+) -> Array:
     """x weightᵀ + bias, accumulated in float32.
 
     Args:
@@ -387,11 +418,23 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     _require_rank(weight, "linear: weight", 2, "(out_features, in_features)")
     library = library_of(x)
     out = library.empty((*x.shape[:-1], weight.shape[0]), dtype_name(x))
-    _core.linear(x=_rows(x), weight=weight, bias=bias, out=_rows(out))
+    library.prepare_products()
+    _core.linear(
+        on=library.on(batch_invariant=batch_invariant),
+        x=_rows(x),
+        weight=weight,
+        bias=bias,
+        out=_rows(out),
+    )
     return library.hand_over(out)
 
 
-def embedding(token_ids: Array, weight: Array) -> Array:
+def embedding(
+    token_ids: Array,
+    weight: Array,
+    *,
+    check: bool = False,
+) -> Array:
     """Rows of `weight` by token id.
 
     Args:
@@ -405,8 +448,20 @@ def embedding(token_ids: Array, weight: Array) -> Array:
     _require_rank(weight, "embedding: weight", 2, "(vocab_size, d_model)")
     library = library_of(weight)
     out = library.empty((*token_ids.shape, weight.shape[1]), dtype_name(weight))
-    _core.embedding(token_ids=reshaped(token_ids, -1), weight=weight, out=_rows(out))
+    _core.embedding(
+        on=library.on(check=check), token_ids=reshaped(token_ids, -1), weight=weight, out=_rows(out)
+    )
     return library.hand_over(out)
+
+
+# The range of each setting of `sample`, and how to say it.
+_SETTINGS: dict[str, tuple[Callable[[np.ndarray], Any], str]] = {
+    "repetition_penalty": (lambda v: (v > 0) & np.isfinite(v), "a positive number"),
+    "temperature": (lambda v: (v >= 0) & np.isfinite(v), "a finite number of at least 0"),
+    "top_k": (lambda v: v >= 0, "at least 0 (0: off)"),
+    "top_p": (lambda v: (v > 0) & (v <= 1), "more than 0 and at most 1"),
+    "min_p": (lambda v: (v >= 0) & (v <= 1), "0 to 1"),
+}
 
 
 def sample(
@@ -420,6 +475,7 @@ def sample(
     history: Array | None = None,
     seed: Any = None,
     position: Any = 0,
+    check: bool = False,
 ) -> Array:
     """Draws a token a row: repetition penalty, temperature, top-k, top-p, min-p, in this order.
 
@@ -446,29 +502,38 @@ def sample(
     library = library_of(logits)
     out = library.empty((batch,), "int64")
 
-    def setting(name: str, value: Any, dtype: str) -> np.ndarray:
+    def setting(name: str, value: Any, dtype: str) -> Any:
+        if gpu_of(value) is not None:
+            return value
         try:
             given = np.asarray(value)
+            if dtype == "int32":
+                given = np.minimum(given, np.iinfo(np.int32).max)
             converted = given.astype(dtype, casting="same_kind")
             if given.dtype.kind in "iu" and not np.array_equal(converted, given):
                 raise ValueError(f"beyond {dtype}")
-            return np.broadcast_to(converted, (batch,))
+            if name == "seed" and given.ndim == 0:
+                converted = converted + np.arange(batch)
+            rows = np.broadcast_to(converted, (batch,))
         except (TypeError, ValueError) as error:
             raise InvalidArgumentError(
                 f"sample: {name} is {value!r}, expected a number or {batch} of them"
             ) from error
+        valid, expected = _SETTINGS.get(name, (None, ""))
+        if valid is not None and not valid(rows).all():
+            raise InvalidArgumentError(f"sample: {name} is {value!r}, expected {expected}")
+        return library.from_host(rows)
 
-    if seed is None or np.ndim(seed) == 0:
-        seed = setting("seed", 0 if seed is None else seed, "int64") + np.arange(batch)
     _core.sample(
+        on=library.on(check=check),
         logits=logits,
         history=history,
         repetition_penalty=setting("repetition_penalty", repetition_penalty, "float32"),
         temperature=setting("temperature", temperature, "float32"),
-        top_k=setting("top_k", np.minimum(top_k, np.iinfo(np.int32).max), "int32"),
+        top_k=setting("top_k", top_k, "int32"),
         top_p=setting("top_p", top_p, "float32"),
         min_p=setting("min_p", min_p, "float32"),
-        seed=setting("seed", seed, "int64"),
+        seed=setting("seed", 0 if seed is None else seed, "int64"),
         position=setting("position", position, "int64"),
         out=out,
     )
@@ -484,6 +549,8 @@ def mamba_block(
     cu_seqlens: Array | None = None,
     state_indices: Array | None = None,
     dt_B_C_norm_eps: float | None = None,
+    check: bool = False,
+    batch_invariant: bool = False,
 ) -> Array:
     """The Mamba block (Gu & Dao, arXiv 2312.00752, figure 3), on a sequence or, with L = 1, a step.
 
@@ -542,7 +609,9 @@ def mamba_block(
         require_mutable(state, f"mamba_block: {name}", "pass a NumPy array, which x need not be")
     library = library_of(x)
     out = library.empty(x.shape, dtype_name(x))
+    library.prepare_products()
     _core.mamba_block(
+        on=library.on(check=check, batch_invariant=batch_invariant),
         x=x,
         in_proj=weights["in_proj.weight"],
         in_proj_bias=weights.get("in_proj.bias"),
@@ -551,7 +620,7 @@ def mamba_block(
         x_proj=weights["x_proj.weight"],
         dt_proj=weights["dt_proj.weight"],
         dt_bias=weights["dt_proj.bias"],
-        A=-library_of(A_log).exp(A_log),
+        A=library_of(A_log).decay(A_log),
         D=weights["D"],
         out_proj=weights["out_proj.weight"],
         out_proj_bias=weights.get("out_proj.bias"),

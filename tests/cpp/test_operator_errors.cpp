@@ -136,6 +136,14 @@ TEST_CASE("operators refuse a workspace that is too small, or none") {
   run(workspace.data(), needed);
 }
 
+TEST_CASE("linear refuses a weight format it does not know") {
+  const Context context;
+  LinearArgs args;
+  args.weight.format = static_cast<WeightFormat>(7);
+  check_error(kInvalid, "linear: weight has format 7, expected dense",
+              [&] { linear(args, Exec{context}); });
+}
+
 TEST_CASE("every operator names itself and the first tensor it misses") {
   const Context context;
   const Exec exec{context};
@@ -150,9 +158,4 @@ TEST_CASE("every operator names itself and the first tensor it misses") {
   check_named("linear: x is missing", [&] { linear({}, exec); });
   check_named("embedding: token_ids is missing", [&] { embedding({}, exec); });
   check_named("sample: logits is missing", [&] { sample({}, exec); });
-}
-
-TEST_CASE("a build without CUDA says so") {
-  check_error(ErrorCode::unsupported, "built without CUDA",
-              [] { Context(Device{DeviceType::cuda, 0}); });
 }

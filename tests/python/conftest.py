@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
+# JAX leaves memory of a GPU to others; it reads this when it starts.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 import pytest
-from backends import BACKENDS, Backend
+from backends import BACKENDS, Backend, why_no_cuda
 from hypothesis import settings
 
 import ssmcore
@@ -16,8 +20,11 @@ settings.register_profile(
 settings.load_profile("operators")
 
 
-@pytest.fixture(scope="session", params=list(BACKENDS))
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def backend(request: pytest.FixtureRequest) -> Backend:
+    reason = why_no_cuda() if request.param == "cuda" else None
+    if reason is not None:
+        pytest.skip(reason)
     return BACKENDS[request.param]
 
 

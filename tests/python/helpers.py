@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -13,6 +13,9 @@ import pytest
 from reference import fp64
 
 import ssmcore
+
+if TYPE_CHECKING:
+    from backends import Backend
 
 DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
@@ -101,6 +104,20 @@ def assert_only_poison_around(view: np.ndarray) -> None:
 
 
 # --- Errors ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def refuses_value(backend: Backend, operator: str, argument: str, *words: str) -> Iterator[None]:
+    """`refuses`, where the message of a GPU, which looks at values while it runs, names less."""
+    with refuses(operator, argument, *words) if backend.sees_values else refuses(argument):
+        yield
+
+
+def skip_repeated_slots(backend: Backend, name: str, bad: Any) -> None:
+    """Skips a test whose bad argument is state_indices that name a slot twice, on a GPU."""
+    repeats = name == "state_indices" and len(np.unique(bad)) < len(bad)
+    if repeats and not backend.sees_values:
+        pytest.skip("a GPU does not look for slots that are named twice")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from helpers import DTYPES, assert_close, assert_same_bits, refuses
 from model_fixtures import bundled_model
 
 from ssmcore import ops
-from ssmcore._arrays import library_of
+from ssmcore._outputs import library_of
 
 jax = pytest.importorskip("jax", reason="JAX is optional: pip install 'jax[cpu]'")
 

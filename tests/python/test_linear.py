@@ -50,6 +50,31 @@ def test_rows_are_independent(backend: Backend) -> None:
     assert_same_bits(out[others], clean[others])
 
 
+@pytest.mark.parametrize(("in_features", "out_features"), [(320, 96), (77, 33), (1536, 80)])
+@pytest.mark.parametrize("weight_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_batch_invariant_rows(
+    backend: Backend, dtype: str, weight_dtype: str, in_features: int, out_features: int
+) -> None:
+    case = LinearCase((1000,), in_features, out_features, dtype, weight_dtype, bias_dtype=dtype)
+    inputs = case.inputs()
+    together = backend.call(ops.linear, **inputs, batch_invariant=True)
+    for rows in (1, 3, 64, 333):
+        some = {**inputs, "x": inputs["x"][400 : 400 + rows]}
+        out = backend.call(ops.linear, **some, batch_invariant=True)
+        assert_same_bits(out, together[400 : 400 + rows])
+
+
+@pytest.mark.parametrize("rows", [1, 8, 64, 500])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_call_same_bits(backend: Backend, dtype: str, rows: int) -> None:
+    """Also where a sum is long and the outputs are few, so that it is worth splitting."""
+    inputs = LinearCase((rows,), 5120, 96, dtype, dtype).inputs()
+    out = backend.call(ops.linear, **inputs)
+    for _ in range(5):
+        assert_same_bits(backend.call(ops.linear, **inputs), out)
+
+
 @pytest.mark.parametrize("rows", [1, 200])
 @pytest.mark.parametrize("weight_dtype", DTYPES)
 def test_threads_do_not_change_a_bit(

@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 import reference
 from backends import Backend
-from helpers import LAYOUTS, assert_same_bits, place, refuses
+from helpers import (
+    LAYOUTS,
+    assert_same_bits,
+    place,
+    refuses_value,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -310,8 +315,9 @@ def test_logits_stay(backend: Backend) -> None:
     ],
 )
 def test_bad_argument(backend: Backend, name: str, bad: Any, words: list[str]) -> None:
-    inputs: dict[str, Any] = {"logits": random_logits(3, 7), name: bad}
-    with refuses("sample", name, *words):
+    # A penalty that does something, so that the history is looked at.
+    inputs: dict[str, Any] = {"logits": random_logits(3, 7), "repetition_penalty": 2.0, name: bad}
+    with refuses_value(backend, "sample", name, *words):
         backend.call(ops.sample, **inputs)
 
 
@@ -321,5 +327,5 @@ def test_logits_without_a_choice(
     backend: Backend, bad_row: list[float], temperature: float
 ) -> None:
     logits = np.array([[1, 2, 3], bad_row], np.float32)
-    with refuses("sample", "logits", "1"):
+    with refuses_value(backend, "sample", "logits", "1"):
         backend.call(ops.sample, logits=logits, temperature=temperature)

@@ -25,11 +25,15 @@ constexpr int kMaxOutputs = 3;
 // Rows that share one pass over a panel, and outputs of one panel.
 constexpr int64_t kBlockRows = 64;
 constexpr int64_t kPanel = 96;
-// Outputs of one task when the rows are few: the weight then streams from memory.
-constexpr int64_t kFewRowsPanel = 48;
-// The hardware hardly prefetches across the interleaved rows of a group: asking for the group after
-// the next one nearly doubles the rate at which bfloat16 weights stream from memory.
-constexpr int64_t kPrefetchedGroups = 2;
+// Panels for each worker, at least, when the rows are few, so that none waits long for another.
+constexpr int64_t kPanelsPerWorker = 4;
+// What reading a weight from memory costs beside its products, in multiply-adds.
+constexpr int64_t kWorkOfStreaming = 4;
+// The hardware does not recognise the interleaved rows of a group as a stream. Asking for their
+// memory in order of address, this far ahead, doubles the rate at which one thread reads them. It
+// is asked into the second-level cache: x needs the first.
+constexpr int64_t kPrefetchBytes = 12288;
+constexpr int kPrefetchLevel = 2;
 
 template <typename Product>
 int64_t padded(int64_t n) {
@@ -56,12 +60,8 @@ SSMCORE_INLINE void dot_products(const Panel<typename Product::W>& panel, int64_
   constexpr int kRegisters = Product::kRegisters;
   const int64_t x_row_stride = padded<Product>(panel.k);
   Vec sum[kRows][kOutputs] = {};
-  const auto accumulate = [&](const W* weights, int64_t stride, const X* xs) {
-    typename Product::Register w[kOutputs][kRegisters];
-    for (int o = 0; o < kOutputs; ++o) {
-      Product::read(weights + o * stride, w[o]);
-      __builtin_prefetch(weights + o * stride + panel.prefetch_distance);
-    }
+  using Registers = typename Product::Register[kOutputs][kRegisters];
+  const auto accumulate = [&](const Registers& w, const X* xs) {
     for (int v = 0; v < kRegisters; ++v)
       for (int r = 0; r < kRows; ++r) {
         const auto x_r = Product::read_x(xs + r * x_row_stride + v * kLanes);
@@ -69,14 +69,24 @@ SSMCORE_INLINE void dot_products(const Panel<typename Product::W>& panel, int64_
       }
   };
   const W* weight = panel.row(begin);
+  const W* ahead = weight + panel.prefetch_distance;
+  Registers w;
   int64_t i = 0;
-  for (; i + Product::kStep <= panel.k; i += Product::kStep)
-    accumulate(weight + i, panel.row_stride, x + i);
+  for (; i + Product::kStep <= panel.k; i += Product::kStep) {
+    for (int o = 0; o < kOutputs; ++o) {
+      Product::read(weight + o * panel.row_stride + i, w[o]);
+      __builtin_prefetch(ahead, 0, kPrefetchLevel);
+      ahead += Product::kStep;
+    }
+    accumulate(w, x + i);
+  }
   if (i < panel.k) {
-    W rest[kOutputs][Product::kStep] = {};
-    for (int o = 0; o < kOutputs; ++o)
-      std::memcpy(rest[o], weight + o * panel.row_stride + i, sizeof(W) * (panel.k - i));
-    accumulate(rest[0], Product::kStep, x + i);
+    for (int o = 0; o < kOutputs; ++o) {
+      W rest[Product::kStep];
+      read_partial(weight + o * panel.row_stride + i, panel.k - i, rest);
+      Product::read(rest, w[o]);
+    }
+    accumulate(w, x + i);
   }
 
   const Vec* sums = &sum[0][0];
@@ -131,13 +141,18 @@ void linear_with(const LinearParams& p, const Exec& exec) {
     Product::stage(row_of(p.x, p.dtype, row), p.dtype, p.x.stride[1], p.in_features, staged);
   };
   ThreadPool& pool = exec.context.thread_pool();
-  const int workers = useful_workers(p.rows * p.in_features * p.out_features, exec.context);
   const bool few_rows = p.rows <= kMaxRows;
+  const int64_t work_per_weight = few_rows ? p.rows + kWorkOfStreaming : p.rows;
+  const int workers =
+      useful_workers(work_per_weight * p.in_features * p.out_features, exec.context);
   pool.parallel_for(p.rows, few_rows ? 1 : workers, stage_row);
 
-  const int64_t panel_outputs = few_rows ? kFewRowsPanel : kPanel;
-  const int64_t prefetch_distance =
-      few_rows ? kPrefetchedGroups * kMaxOutputs * p.weight_row_stride : 0;
+  int64_t panel_outputs = kPanel;
+  if (few_rows) {
+    const int64_t groups = ceil_div(p.out_features, kPanelsPerWorker * workers * kMaxOutputs);
+    panel_outputs = min(kPanel, groups * kMaxOutputs);
+  }
+  const int64_t prefetch_distance = few_rows ? kPrefetchBytes / static_cast<int64_t>(sizeof(W)) : 0;
   const int64_t panels = (p.out_features + panel_outputs - 1) / panel_outputs;
   const int64_t blocks = (p.rows + kBlockRows - 1) / kBlockRows;
   pool.parallel_for(panels * blocks, workers, [&](int64_t task, int) {

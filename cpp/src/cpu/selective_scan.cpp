@@ -73,6 +73,15 @@ class Scan {
     delta = plane_of(p.delta, p.dtype, row.batch, task.head);
     z = plane_of(p.z, p.dtype, row.batch, task.head);
     out = plane_of(p.out, p.dtype, row.batch, task.head);
+    A = plane_of(p.A, state_dtype(), task.head);
+    if (row.slot >= 0)
+      initial_state = plane_of(p.initial_state, state_dtype(), row.slot, task.head);
+  }
+
+  // Asks for the memory that run() begins with.
+  void prefetch() const {
+    for (const Plane& plane : {A, initial_state})
+      prefetch_tiles(plane, task.d_begin, task.d_end - task.d_begin, p.dstate);
   }
 
   void run() {
@@ -120,17 +129,14 @@ class Scan {
 
   void load(int64_t tile, int64_t d, int64_t channels) const {
     const int64_t at = tile * w.per_tile;
-    load_parts(plane_of(p.A, state_dtype(), task.head), d, channels, w.A + at);
+    load_parts(A, d, channels, w.A + at);
     scale(w.A + at, kLog2e);
     if (p.complex) scale(w.A + at + w.per_part, kTurnsPerRadian);
     if (p.constant_B)
       load_parts(plane_of(p.constant_B, state_dtype(), task.head), d, channels, w.constant_B + at);
     if (p.constant_C)
       load_parts(plane_of(p.constant_C, state_dtype(), task.head), d, channels, w.constant_C + at);
-    const Plane initial = task.row.slot < 0
-                              ? Plane()
-                              : plane_of(p.initial_state, state_dtype(), task.row.slot, task.head);
-    load_parts(initial, d, channels, w.state + at);
+    load_parts(initial_state, d, channels, w.state + at);
     load_tile_or_zeros(column_of(p.D, DType::float32, task.head), d, channels, 1,
                        w.D + tile * kLanes);
     load_tile_or_zeros(column_of(p.delta_bias, DType::float32, task.head), d, channels, 1,
@@ -246,9 +252,9 @@ class Scan {
 
   const SelectiveScanFwdParams& p;
   const Workspace& w;
-  const Task& task;
+  const Task task;
   const int parts;
-  Plane u, delta, z, out;
+  Plane u, delta, z, out, A, initial_state;
 };
 
 }  // namespace
@@ -261,7 +267,9 @@ size_t selective_scan_fwd_workspace_size(const SelectiveScanFwdParams& p, const 
 void selective_scan_fwd(const SelectiveScanFwdParams& p, const Exec& exec) {
   if (p.dtype == DType::float64) return selective_scan_fwd_float64(p, exec);
   const int64_t tiles = (p.headdim + kLanes - 1) / kLanes;
-  // Wider tasks stage B and C less often; enough tasks keep the threads evenly busy.
+  // Wider tasks stage B and C less often; enough tasks keep the threads evenly busy, down to one
+  // tile each. There is no split over L: every piece would be scanned twice, and its rounding would
+  // make the result depend on the number of threads.
   const int64_t heads = p.rows * p.nheads;
   const int64_t tiles_wanted = heads * tiles / (4 * exec.context.num_threads());
   const int64_t task_dim = min(kMaxTiles, max(1, tiles_wanted)) * kLanes;
@@ -271,16 +279,21 @@ void selective_scan_fwd(const SelectiveScanFwdParams& p, const Exec& exec) {
   const size_t bytes = Workspace::bytes(p);
   constexpr int64_t kPerState = 10;  // multiply-adds for one state's step
   const int64_t work = heads * p.headdim * p.seqlen * p.dstate * kPerState;
-  exec.context.thread_pool().parallel_for(
-      heads * tasks_per_head, workers_with_scratch(exec, bytes, work),
-      [&](int64_t index, int worker) {
-        Scratch scratch(static_cast<char*>(exec.workspace) + worker * bytes);
-        const Workspace workspace(p, scratch);
-        const int64_t head = index / tasks_per_head, row = head / p.nheads;
-        const int64_t begin = index % tasks_per_head * task_dim;
-        const Task task{rows[row], row, head % p.nheads, begin, min(begin + task_dim, p.headdim)};
-        Scan(p, workspace, task).run();
-      });
+  const int64_t tasks = heads * tasks_per_head;
+  const int workers = workers_with_scratch(exec, bytes, work);
+  const auto task_at = [&](int64_t index) {
+    const int64_t head = index / tasks_per_head, row = head / p.nheads;
+    const int64_t begin = index % tasks_per_head * task_dim;
+    return Task{rows[row], row, head % p.nheads, begin, min(begin + task_dim, p.headdim)};
+  };
+  exec.context.thread_pool().parallel_for(tasks, workers, [&](int64_t index, int worker) {
+    Scratch scratch(static_cast<char*>(exec.workspace) + worker * bytes);
+    const Workspace workspace(p, scratch);
+    // A single step is short beside the wait for its states: ask for the next task's meanwhile.
+    if (const int64_t next = index + workers; next < tasks)
+      Scan(p, workspace, task_at(next)).prefetch();
+    Scan(p, workspace, task_at(index)).run();
+  });
 }
 
 }  // namespace SSMCORE_CPU_NAMESPACE

@@ -138,11 +138,28 @@ SSMCORE_INLINE void store(float16* to, Vec v) {
 #endif
 }
 
+// Fills `to` with the first n elements of `from` and zeros: a register's worth or half of one.
+template <typename T, int kCount>
+SSMCORE_INLINE void read_partial(const T* from, int64_t n, T (&to)[kCount]) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const uint32_t mask = ~(~uint64_t{0} << n);
+  if constexpr (sizeof(T) == 4)
+    _mm512_storeu_si512(to, _mm512_maskz_loadu_epi32(static_cast<__mmask16>(mask), from));
+  else if constexpr (kCount == 2 * kLanes)
+    _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(mask, from));
+  else
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), from));
+#else
+  for (int64_t i = 0; i < kCount; ++i) to[i] = i < n ? from[i] : T{};
+#endif
+}
+
 // The first n < kLanes elements, the rest 0.
 template <typename T>
 SSMCORE_INLINE Vec load_partial(const T* from, int64_t n) {
-  T lanes[kLanes] = {};
-  for (int64_t i = 0; i < n; ++i) lanes[i] = from[i];
+  T lanes[kLanes];
+  read_partial(from, n, lanes);
   return load(lanes);
 }
 

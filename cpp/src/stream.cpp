@@ -1,0 +1,56 @@
+#include "ssmcore/stream.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "checks.h"
+#include "cuda_backend.h"
+
+namespace ssmcore {
+namespace {
+
+bool is_on_gpu(const Context& context) {
+  return context.device().type == DeviceType::cuda;
+}
+
+}  // namespace
+
+Stream::Stream(const Context& context) : context_(context) {
+  if (is_on_gpu(context)) handle_ = cuda::make_stream(context.cuda());
+}
+
+Stream::~Stream() {
+  if (handle_) cuda::destroy_stream(context_.cuda(), handle_);
+}
+
+void wait_for(const Context& context, void* stream, void* earlier) {
+  if (is_on_gpu(context) && stream != earlier) cuda::wait_for(context.cuda(), stream, earlier);
+}
+
+void copy(const TensorView& source, const TensorView& target, const Exec& exec) {
+  const Checks check("copy", exec.context.device());
+  for (const auto& [view, name] : {std::pair{&source, "source"}, {&target, "target"}}) {
+    check.require(static_cast<bool>(*view), [&] { return std::string(name) + " is missing"; });
+    check.require(view->is_contiguous(), [&] { return std::string(name) + " is not contiguous"; });
+    check.require(view->device == Device{} || view->device == exec.context.device(), [&] {
+      return std::string(name) + " is on " + to_string(view->device) + ", expected cpu or " +
+             to_string(exec.context.device());
+    });
+  }
+  check.require(source.dtype == target.dtype && source.rank == target.rank &&
+                    std::equal(source.shape, source.shape + source.rank, target.shape),
+                [&] {
+                  return std::string("source is ") + dtype_name(source.dtype) + " " +
+                         source.shape_string() + ", target is " + dtype_name(target.dtype) + " " +
+                         target.shape_string();
+                });
+  const size_t bytes = static_cast<size_t>(source.numel()) * dtype_size(source.dtype);
+  if (bytes == 0) return;
+  if (source.device == Device{} && target.device == Device{}) {
+    std::memmove(target.data, source.data, bytes);
+    return;
+  }
+  cuda::copy_bytes(exec.context.cuda(), target.data, source.data, bytes, exec.stream);
+}
+
+}  // namespace ssmcore

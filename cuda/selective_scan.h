@@ -1,0 +1,24 @@
+// The kernels that selective_scan_fwd chooses among.
+#pragma once
+
+#include "../cpp/src/selective_scan_params.h"
+#include "ssmcore/context.h"
+
+namespace ssmcore::cuda {
+
+// One step of every row, for decoding; is_state_update() says what it takes.
+bool is_state_update(const SelectiveScanFwdParams& params);
+void selective_state_update_fwd(const SelectiveScanFwdParams& params, const Exec& exec);
+
+// Real A, and B and C that vary in time; is_varying_scan() says what it takes.
+bool is_varying_scan(const SelectiveScanFwdParams& params);
+void selective_scan_varying_fwd(const SelectiveScanFwdParams& params, const Exec& exec);
+
+// Where everything is float64: for checking.
+void selective_scan_fwd_float64(const SelectiveScanFwdParams& params, const Exec& exec);
+
+// Everything else: any form of A, B and C, any option. Throws Error(unsupported) for dstate beyond
+// 256.
+void selective_scan_general_fwd(const SelectiveScanFwdParams& params, const Exec& exec);
+
+}  // namespace ssmcore::cuda
