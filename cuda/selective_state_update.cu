@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 6)
     const float* A_of_head = static_cast<const float*>(p.A.data) + head * p.A.stride[0];
     if (p.A.stride[2] == 1) {
       load_by_state(A_of_head, p.A.stride[1], load_vector<kQuad, float>, A);
-    } else if (kByChannel && p.A.stride[1] == 1) {
+    } else if (kByChannel && p.A.stride[2] != 0) {
       load_by_channel(A_of_head, p.A.stride[2], load_vector<kQuad, float>, A);
     } else {  // one number for all states
 #pragma unroll
