@@ -39,7 +39,8 @@ struct ScanRecurrence {
     }
   }
 
-  __device__ __forceinline__ void store_states(float* to, int64_t stride_d, int64_t stride_n) const {
+  __device__ __forceinline__ void store_states(float* to, int64_t stride_d,
+                                               int64_t stride_n) const {
     for_each_state(
         [&](int64_t d, int n, int k, int s) { to[d * stride_d + n * stride_n] = h[k][s]; });
   }
@@ -85,9 +86,9 @@ struct ScanRecurrence {
     }
     if (p.last_state.data && block.row.slot >= 0) {
       const Strided<4>& to = p.last_state;
-      store_states(static_cast<float*>(to.data) + block.row.slot * to.stride[0] +
-                       block.head * to.stride[1],
-                   to.stride[2], to.stride[3]);
+      store_states(
+          static_cast<float*>(to.data) + block.row.slot * to.stride[0] + block.head * to.stride[1],
+          to.stride[2], to.stride[3]);
     }
     if (p.delta_sum.data && lane == 0) {
       const Strided<3>& to = p.delta_sum;
@@ -101,8 +102,8 @@ struct ScanRecurrence {
     }
   }
 
-  // The row's first entry in chunk_states: packed rows follow one another. Each lane of a warp counts
-  // for some of the rows before.
+  // The row's first entry in chunk_states: packed rows follow one another. Each lane of a warp
+  // counts for some of the rows before.
   __device__ int64_t first_chunk() const {
     if (!p.chunk_states.data || !p.cu_seqlens.data) return 0;
     int64_t chunks = 0;
@@ -141,7 +142,7 @@ struct ScanRecurrence {
         C_ahead[s] = load_four(C + s * Shape::kRow);
       }
     }
-#pragma unroll(kChannels * kStates <= 4 ? 4 : 1)
+#pragma unroll(kChannels* kStates <= 4 ? 4 : 1)
     for (int t = 0; t < steps; t += 4) {
       now = next;
       load_steps(stage, t + 4, next);  // after the last: the unused end of the row
@@ -167,7 +168,8 @@ struct ScanRecurrence {
             y[k].value[i] += C_s.value[i] * h[k][s];
           }
       }
-      if (Shape::kInPlace && Shape::kLanes > 1) __syncwarp();  // all lanes have read what is now overwritten
+      if (Shape::kInPlace && Shape::kLanes > 1)
+        __syncwarp();  // all lanes have read what is now overwritten
 #pragma unroll
       for (int k = 0; k < kChannels; ++k)
         store_four(Shape::cells(stage, Shape::part_of_lane(lane), row(k)) + t, y[k]);

@@ -10,8 +10,7 @@ namespace ssmcore::cuda {
 inline constexpr int kScanThreads = 128;
 
 // How a block of the scan shares its work (selective_scan_varying_fwd.cu).
-template <int channels, int states, int lanes, int block_l, int staging_threads,
-          int min_blocks>
+template <int channels, int states, int lanes, int block_l, int staging_threads, int min_blocks>
 struct ScanShape {
   static constexpr int kChannels = channels, kStates = states, kLanes = lanes, kBlockL = block_l;
   static constexpr int kStagingThreads = staging_threads, kMinBlocks = min_blocks;
@@ -82,7 +81,8 @@ struct ScanBlock {
     return {length, 0, p.chunk_states.data ? p.chunk_size : length};
   }
 
-  // The channel, counted from first_d, that row `r` of a stage holds. Those of a pair are half the rows apart.
+  // The channel, counted from first_d, that row `r` of a stage holds. Those of a pair are half the
+  // rows apart.
   template <int kBlockD>
   __device__ int channel_of(int r) const {
     return along_steps ? r : 2 * (r % (kBlockD / 2)) + r / (kBlockD / 2);
@@ -92,16 +92,14 @@ struct ScanBlock {
   template <typename Cursor>
   __device__ Cursor cursor(const Strided<4>& operand, int64_t at, int64_t r, int64_t t) const {
     using T = std::remove_pointer_t<decltype(Cursor::at)>;
-    return {static_cast<T*>(operand.data) + row.batch * operand.stride[0] +
-                at * operand.stride[1] + r * operand.stride[2] +
-                (row.begin + t) * operand.stride[3],
+    return {static_cast<T*>(operand.data) + row.batch * operand.stride[0] + at * operand.stride[1] +
+                r * operand.stride[2] + (row.begin + t) * operand.stride[3],
             operand.stride[2], operand.stride[3]};
   }
 };
 
 __device__ __forceinline__ float float_at(const Strided<2>& operand, int64_t head, int64_t d) {
-  return static_cast<const float*>(
-      operand.data)[head * operand.stride[0] + d * operand.stride[1]];
+  return static_cast<const float*>(operand.data)[head * operand.stride[0] + d * operand.stride[1]];
 }
 
 }  // namespace ssmcore::cuda

@@ -1,5 +1,5 @@
-// The first and the last stage of selective_scan_varying_fwd.cu: from operands in memory to Δ, Δu, B
-// and C as floats in shared memory, and from what the recurrence left there to `out`.
+// The first and the last stage of selective_scan_varying_fwd.cu: from operands in memory to Δ, Δu,
+// B and C as floats in shared memory, and from what the recurrence left there to `out`.
 #pragma once
 
 #include "device/math.cuh"
@@ -33,8 +33,7 @@ struct ScanStaging {
   using Channels = Cut<Shape::kBlockD>;
   // From one piece of a thread to its next.
   static constexpr int kNextRow = kAlongSteps ? kThreads / Channels::kAlong : 0;
-  static constexpr int kNextStep =
-      kAlongSteps ? 0 : kThreads / Channels::kAcross * Piece::kSteps;
+  static constexpr int kNextStep = kAlongSteps ? 0 : kThreads / Channels::kAcross * Piece::kSteps;
   static_assert(kAlongSteps ? kNextRow % 8 == 0 : kThreads % Channels::kAcross == 0);
   using States = Cut<2 * Shape::kDstate>;  // of B, then of C
 
@@ -88,9 +87,8 @@ struct ScanStaging {
     for (int i = 0; i < (kAlongSteps ? Channels::kOwn : 2); ++i) {
       const int at = d + (kAlongSteps ? i * kNextRow : i);
       const bool exists = at < block.channels;
-      bias[i] = exists && p.delta_bias.data
-                    ? float_at(p.delta_bias, block.head, block.first_d + at)
-                    : 0.0f;
+      bias[i] = exists && p.delta_bias.data ? float_at(p.delta_bias, block.head, block.first_d + at)
+                                            : 0.0f;
       D[i] = exists && p.D.data ? float_at(p.D, block.head, block.first_d + at) : 0.0f;
     }
   }
@@ -110,8 +108,8 @@ struct ScanStaging {
     return {slots + index * Slot::kWords};
   }
   __device__ __forceinline__ Slot coefficient_slot(int tile, int i) const {
-    const int index = kTilesKept * kOperands * Channels::kOwn +
-                      tile % kCoefficientTilesKept * States::kOwn + i;
+    const int index =
+        kTilesKept * kOperands * Channels::kOwn + tile % kCoefficientTilesKept * States::kOwn + i;
     return {slots + index * Slot::kWords};
   }
 
@@ -144,9 +142,8 @@ struct ScanStaging {
 #pragma unroll
         for (int i = 0; i < States::kOwn; ++i) {
           const int piece = thread + i * kThreads, n = States::row(piece) % Shape::kDstate;
-          coefficient_slot(tile, i).store(
-              Input::load_some(coefficients[i], 0, 0, static_cast<int>(p.dstate) - n,
-                               steps - States::step(piece)));
+          coefficient_slot(tile, i).store(Input::load_some(
+              coefficients[i], 0, 0, static_cast<int>(p.dstate) - n, steps - States::step(piece)));
         }
       }
 #pragma unroll
@@ -206,8 +203,7 @@ struct ScanStaging {
         float* cells = Shape::cells(stage, 0, row_of(d, i, four)) + at;
         Four dt, dt_u;
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-          dt.value[j] = delta.get(four, j) + bias[kAlongSteps ? i : four];
+        for (int j = 0; j < 4; ++j) dt.value[j] = delta.get(four, j) + bias[kAlongSteps ? i : four];
         if (p.delta_softplus) {
 #pragma unroll
           for (int j = 0; j < 4; ++j) dt.value[j] = softplus(dt.value[j]);
@@ -232,8 +228,7 @@ struct ScanStaging {
       float value[8];
 #pragma unroll
       for (int four = 0; four < 2; ++four) {
-        const float* cells =
-            Shape::cells(stage, 0, row_of(d, i, four)) + step_of(t, i, four);
+        const float* cells = Shape::cells(stage, 0, row_of(d, i, four)) + step_of(t, i, four);
         Four y = load_four(cells + Shape::part_of_lane(0) * Shape::kRow);
 #pragma unroll
         for (int lane = 1; lane < Shape::kLanes; ++lane) {
@@ -243,8 +238,7 @@ struct ScanStaging {
         }
         if (p.D.data) {
 #pragma unroll
-          for (int j = 0; j < 4; ++j)
-            y.value[j] += D[kAlongSteps ? i : four] * u.get(four, j);
+          for (int j = 0; j < 4; ++j) y.value[j] += D[kAlongSteps ? i : four] * u.get(four, j);
         }
         if (p.z.data) {
 #pragma unroll
@@ -275,10 +269,10 @@ struct ScanStaging {
 #pragma unroll
       for (int four = 0; four < 2; ++four) {
         const int row = States::row(at) + Piece::row(four), n = row % Shape::kDstate;
-        store_four(Shape::coefficients(stage, row / Shape::kDstate, n % Shape::kLanes) +
-                       n / Shape::kLanes * Shape::kRow + States::step(at) + Piece::step(four, 0),
-                   {piece.get(four, 0), piece.get(four, 1), piece.get(four, 2),
-                    piece.get(four, 3)});
+        store_four(
+            Shape::coefficients(stage, row / Shape::kDstate, n % Shape::kLanes) +
+                n / Shape::kLanes * Shape::kRow + States::step(at) + Piece::step(four, 0),
+            {piece.get(four, 0), piece.get(four, 1), piece.get(four, 2), piece.get(four, 3)});
       }
     }
   }

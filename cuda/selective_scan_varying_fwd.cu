@@ -62,9 +62,8 @@ void launch(const SelectiveScanFwdParams& p, const Exec& exec) {
 
 // Tiles are shorter where elements are larger.
 template <typename T, int lanes, int states, int block_l, int min_blocks>
-using ShapeFor =
-    ScanShape<1, states, lanes, block_l * 2 / static_cast<int>(sizeof(T) < 4 ? 2 : 4), 128,
-              min_blocks>;
+using ShapeFor = ScanShape<1, states, lanes, block_l * 2 / static_cast<int>(sizeof(T) < 4 ? 2 : 4),
+                           128, min_blocks>;
 
 // How many lanes share 16 states, so that a problem takes least time on this device.
 int choose_lanes(const SelectiveScanFwdParams& p, int num_sms, bool batch_invariant) {
@@ -82,9 +81,9 @@ int choose_lanes(const SelectiveScanFwdParams& p, int num_sms, bool batch_invari
   for (const Cost& cost : kCosts) {
     const int64_t blocks = rows * p.nheads * ceil_div(p.headdim, cost.block_d);
     const int64_t full = blocks / (2 * num_sms), rest = blocks % (2 * num_sms);
-    const double time =
-        static_cast<double>(full) * cost.shared +
-        (rest == 0 ? 0 : rest <= num_sms ? cost.alone : cost.shared);
+    const double time = static_cast<double>(full) * cost.shared + (rest == 0         ? 0
+                                                                   : rest <= num_sms ? cost.alone
+                                                                                     : cost.shared);
     if (lanes == 0 || time < least) {
       least = time;
       lanes = cost.lanes;
@@ -123,9 +122,8 @@ bool is_varying_scan(const SelectiveScanFwdParams& p) {
 }
 
 void selective_scan_varying_fwd(const SelectiveScanFwdParams& p, const Exec& exec) {
-  with_type(p.dtype, [&](auto* type) {
-    launch_for<std::remove_pointer_t<decltype(type)>>(p, exec);
-  });
+  with_type(p.dtype,
+            [&](auto* type) { launch_for<std::remove_pointer_t<decltype(type)>>(p, exec); });
 }
 
 }  // namespace ssmcore::cuda

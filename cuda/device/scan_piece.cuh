@@ -126,7 +126,8 @@ struct Cursor {
     const T* from = at + rows * stride_row + steps * stride_t;
     if constexpr (kAlongSteps) {
 #pragma unroll
-      for (int i = 0; i < Piece::kWords; i += 4) copy_async<16>(slot.at(i), from + i * 4 / sizeof(T));
+      for (int i = 0; i < Piece::kWords; i += 4)
+        copy_async<16>(slot.at(i), from + i * 4 / sizeof(T));
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
