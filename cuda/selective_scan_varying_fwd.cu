@@ -101,38 +101,35 @@ struct ScanPlan {
 
 // The plan that takes least time, by what blocks took on an H100.
 ScanPlan choose_plan(const SelectiveScanFwdParams& p, int num_sms, bool batch_invariant) {
-  // Nanoseconds a step of a block, alone on a multiprocessor and beside another.
+  // Nanoseconds that a step takes a block alone on a multiprocessor, and each of several.
   struct Cost {
     int lanes, block_d;
     double alone, shared;
   };
   constexpr Cost kCosts[] = {
-      {1, 128, 160, 220}, {2, 64, 74, 110}, {4, 32, 48, 77}, {8, 16, 34, 61}, {16, 8, 17, 34}};
-  // The search for a part's states takes so much of a full pass, for the steps it needs.
+      {1, 128, 160, 110}, {2, 64, 74, 54}, {4, 32, 48, 38.5}, {8, 16, 34, 30.5}, {16, 8, 17, 17}};
+  // To find the states of a part takes so much of what its outputs do.
   constexpr double kStatesCost = 0.8;
-  constexpr int64_t kStatesSteps = 4096, kPartUnit = 64, kMostParts = 32;
+  constexpr int64_t kLeastPart = 2048, kMostParts = 128;
   const int64_t rows = batch_invariant ? 1 : p.rows;
-  const bool can_part = !p.cu_seqlens && !p.delta_sum && !p.chunk_states;
   ScanPlan best{};
   double least = 0;
-  for (const Cost& cost : kCosts) {
-    for (int64_t parts = 1; parts <= (can_part && cost.lanes == 1 ? kMostParts : 1); ++parts) {
-      const int64_t length = ceil_div(ceil_div(p.seqlen, parts), kPartUnit) * kPartUnit;
-      const int64_t blocks =
-          rows * p.nheads * ceil_div(p.headdim, cost.block_d) * ceil_div(p.seqlen, length);
-      const int64_t full = blocks / (2 * num_sms), rest = blocks % (2 * num_sms);
-      double steps = static_cast<double>(std::min(length, p.seqlen));
-      if (parts > 1) steps += kStatesCost * static_cast<double>(std::min(length, kStatesSteps));
-      const double time =
-          steps * (static_cast<double>(full) * cost.shared + (rest == 0         ? 0
-                                                              : rest <= num_sms ? cost.alone
-                                                                                : cost.shared));
-      if (best.lanes == 0 || time < least) {
-        least = time;
-        best = {cost.lanes, ceil_div(p.seqlen, length), length};
-      }
+  const auto consider = [&](const Cost& cost, int64_t parts) {
+    const int64_t length = ceil_div(ceil_div(p.seqlen, parts), kLeastPart) * kLeastPart;
+    parts = ceil_div(p.seqlen, length);
+    const int64_t blocks = rows * p.nheads * ceil_div(p.headdim, cost.block_d) * parts;
+    const int64_t on_one = ceil_div(blocks, num_sms);
+    const double time = static_cast<double>(std::min(length, p.seqlen)) *
+                        (parts > 1 ? 1 + kStatesCost : 1) *
+                        (on_one == 1 ? cost.alone : static_cast<double>(on_one) * cost.shared);
+    if (best.lanes == 0 || time < least) {
+      least = time;
+      best = {cost.lanes, parts, length};
     }
-  }
+  };
+  for (const Cost& cost : kCosts) consider(cost, 1);
+  if (!p.cu_seqlens && !p.delta_sum && !p.chunk_states)
+    for (int64_t parts = 2; parts <= kMostParts; ++parts) consider(kCosts[0], parts);
   return best;
 }
 
@@ -144,9 +141,9 @@ ScanPlan plan_of(const SelectiveScanFwdParams& p, const Context& context) {
 template <typename T>
 void launch_for(const SelectiveScanFwdParams& p, const Exec& exec) {
   if (p.dstate > 128) return launch_whole<T, ShapeFor<T, 16, 16, 16, 1>>(p, exec);
-  if (p.dstate > 64) return launch_whole<T, ShapeFor<T, 8, 16, 16, 1>>(p, exec);
-  if (p.dstate > 32) return launch_whole<T, ShapeFor<T, 4, 16, 32, 1>>(p, exec);
-  if (p.dstate > 16) return launch_whole<T, ShapeFor<T, 2, 16, 32, 2>>(p, exec);
+  if (p.dstate > 64) return launch_whole<T, ShapeFor<T, 8, 16, 16, 2>>(p, exec);
+  if (p.dstate > 32) return launch_whole<T, ShapeFor<T, 4, 16, 16, 2>>(p, exec);
+  if (p.dstate > 16) return launch_whole<T, ShapeFor<T, 2, 16, 16, 2>>(p, exec);
   const ScanPlan plan = plan_of(p, exec.context);
   switch (plan.lanes) {
     case 1: {
@@ -156,7 +153,7 @@ void launch_for(const SelectiveScanFwdParams& p, const Exec& exec) {
       return launch<T, Shape, true>(p, parts, exec);
     }
     case 2:
-      return launch_whole<T, ShapeFor<T, 2, 8, 32, 2>>(p, exec);
+      return launch_whole<T, ShapeFor<T, 2, 8, 16, 3>>(p, exec);
     case 4:
       return launch_whole<T, ShapeFor<T, 4, 4, 32, 2>>(p, exec);
     case 8:
