@@ -6,74 +6,46 @@
 
 namespace ssmcore::cuda {
 
+// One thread: some states of one channel.
 template <typename Shape>
 struct ScanRecurrence {
-  static constexpr int kChannels = Shape::kChannels, kStates = Shape::kStates;
+  static constexpr int kStates = Shape::kStates;
 
   const ScanBlock& block;
   const SelectiveScanFwdParams& p;
-  float* shared;
-  const int lane, group;
-  float A[kChannels][kStates], h[kChannels][kStates], delta_sum[kChannels], lost[kChannels];
+  float* const shared;
+  const int lane, row, d;  // row of a stage, and channel
+  float A[kStates], h[kStates];
 
   __device__ ScanRecurrence(const ScanBlock& block, float* shared, int thread)
       : block(block),
         p(block.p),
         shared(shared),
         lane(thread % Shape::kLanes),
-        group(thread / Shape::kLanes) {}
-
-  __device__ int row(int k) const { return group + k * (Shape::kBlockD / kChannels); }
-
-  // Calls body(d, n, k, s) for the channels and states of this thread that exist.
-  template <typename Body>
-  __device__ __forceinline__ void for_each_state(const Body& body) const {
+        row(thread / Shape::kLanes),
+        d(block.channel_of<Shape::kBlockD>(row)) {
+    const float* from = static_cast<const float*>(p.A.data) + block.head * p.A.stride[0] +
+                        (block.first_d + d) * p.A.stride[1];
 #pragma unroll
-    for (int k = 0; k < kChannels; ++k) {
-      const int d = block.channel_of<Shape::kBlockD>(row(k));
-#pragma unroll
-      for (int s = 0; s < kStates; ++s) {
-        const int n = lane + s * Shape::kLanes;
-        if (d < block.channels && n < p.dstate) body(block.first_d + d, n, k, s);
-      }
-    }
+    for (int s = 0; s < kStates; ++s)
+      A[s] = exists(s) ? from[state(s) * p.A.stride[2]] * kLog2e : 0.0f;
   }
 
-  __device__ __forceinline__ void store_states(float* to, int64_t stride_d,
-                                               int64_t stride_n) const {
-    for_each_state(
-        [&](int64_t d, int n, int k, int s) { to[d * stride_d + n * stride_n] = h[k][s]; });
-  }
+  __device__ int state(int s) const { return lane + s * Shape::kLanes; }
+  __device__ bool exists(int s) const { return d < block.channels && state(s) < p.dstate; }
 
-  __device__ __forceinline__ void load() {
-#pragma unroll
-    for (int k = 0; k < kChannels; ++k) {
-      delta_sum[k] = lost[k] = 0;
-#pragma unroll
-      for (int s = 0; s < kStates; ++s) A[k][s] = h[k][s] = 0;
-    }
-    const float* from = static_cast<const float*>(p.A.data) + block.head * p.A.stride[0];
-    for_each_state([&](int64_t d, int n, int k, int s) {
-      A[k][s] = from[d * p.A.stride[1] + n * p.A.stride[2]] * kLog2e;
-    });
-    if (!p.initial_state.data || block.row.slot < 0) return;
-    from = static_cast<const float*>(p.initial_state.data) +
-           block.row.slot * p.initial_state.stride[0] + block.head * p.initial_state.stride[1];
-    for_each_state([&](int64_t d, int n, int k, int s) {
-      h[k][s] = from[d * p.initial_state.stride[2] + n * p.initial_state.stride[3]];
-    });
-  }
-
+  // The outputs of one part of a row.
   __device__ __forceinline__ void run() {
-    load();
-    int64_t chunk = first_chunk();
+    load_initial_state();
+    float delta_sum = 0, lost = 0;
+    int64_t chunk = p.chunk_states.data ? first_chunk() : 0;
     Tiles tiles = block.tiles();
     int steps = tiles.next<Shape::kBlockL>();
     if (steps > 0) __syncthreads();
     for (bool odd = false; steps > 0; odd = !odd) {
       float* stage = shared + (odd ? Shape::kStage : 0);
-      if (p.delta_sum.data) add_deltas(stage, steps);
-      advance(stage, steps);
+      if (p.delta_sum.data) add_deltas(stage, steps, &delta_sum, &lost);
+      advance<true>(stage, steps);
       if (p.chunk_states.data && tiles.chunk_left == 0 && chunk < p.chunks) {
         const Strided<5>& to = p.chunk_states;
         store_states(static_cast<float*>(to.data) + block.row.batch * to.stride[0] +
@@ -84,28 +56,81 @@ struct ScanRecurrence {
       steps = tiles.next<Shape::kBlockL>();
       __syncthreads();
     }
-    if (p.last_state.data && block.row.slot >= 0) {
+    if (p.last_state.data && block.row.slot >= 0 && block.is_last_part()) {
       const Strided<4>& to = p.last_state;
       store_states(
           static_cast<float*>(to.data) + block.row.slot * to.stride[0] + block.head * to.stride[1],
           to.stride[2], to.stride[3]);
     }
-    if (p.delta_sum.data && lane == 0) {
+    if (p.delta_sum.data && lane == 0 && d < block.channels) {
       const Strided<3>& to = p.delta_sum;
-#pragma unroll
-      for (int k = 0; k < kChannels; ++k) {
-        const int d = block.channel_of<Shape::kBlockD>(row(k));
-        if (d < block.channels)
-          static_cast<float*>(to.data)[block.row_index * to.stride[0] + block.head * to.stride[1] +
-                                       (block.first_d + d) * to.stride[2]] = delta_sum[k];
-      }
+      static_cast<float*>(to.data)[block.row_index * to.stride[0] + block.head * to.stride[1] +
+                                   (block.first_d + d) * to.stride[2]] = delta_sum;
     }
   }
 
-  // The row's first entry in chunk_states: packed rows follow one another. Each lane of a warp
+  // What a part contributes to the states at its end, and by how much it lets those at its
+  // beginning decay. Tiles come last first: once the decay from a tile's end to the part's is 0 for
+  // every state of the block, those before it do not count.
+  __device__ __forceinline__ void run_states(int tiles) {
+    float sum[kStates], decay[kStates], later = 0;  // later: Σ Δ of the tiles done
+#pragma unroll
+    for (int s = 0; s < kStates; ++s) {
+      sum[s] = 0;
+      decay[s] = 1;
+    }
+    __syncthreads_or(true);
+    for (int tile = 0; tile < tiles; ++tile) {
+      float* stage = shared + tile % 2 * Shape::kStage;
+#pragma unroll
+      for (int s = 0; s < kStates; ++s) h[s] = 0;
+      later += advance<false>(stage, Shape::kBlockL);
+      bool counts = false;
+#pragma unroll
+      for (int s = 0; s < kStates; ++s) {
+        sum[s] += decay[s] * h[s];
+        decay[s] = exp2_approx(later * A[s]);
+        counts = counts || (exists(s) && decay[s] != 0);
+      }
+      if (tile + 1 < tiles && !__syncthreads_or(counts)) break;
+    }
+#pragma unroll
+    for (int s = 0; s < kStates; ++s)
+      if (exists(s)) *block.part_state(block.part, d, state(s)) = make_float2(decay[s], sum[s]);
+  }
+
+ private:
+  __device__ __forceinline__ void load_initial_state() {
+    const Strided<4>& from = p.initial_state;
+    const bool given = from.data && block.row.slot >= 0;
+    const float* state_of_d =
+        static_cast<const float*>(from.data) +
+        (given ? block.row.slot * from.stride[0] + block.head * from.stride[1] +
+                     (block.first_d + d) * from.stride[2]
+               : 0);
+#pragma unroll
+    for (int s = 0; s < kStates; ++s)
+      h[s] = given && exists(s) ? state_of_d[state(s) * from.stride[3]] : 0.0f;
+    for (int part = 0; part < block.part; ++part)
+#pragma unroll
+      for (int s = 0; s < kStates; ++s)
+        if (exists(s)) {
+          const float2 decay_sum = *block.part_state(part, d, state(s));
+          h[s] = decay_sum.x * h[s] + decay_sum.y;
+        }
+  }
+
+  __device__ __forceinline__ void store_states(float* to, int64_t stride_d,
+                                               int64_t stride_n) const {
+#pragma unroll
+    for (int s = 0; s < kStates; ++s)
+      if (exists(s)) to[(block.first_d + d) * stride_d + state(s) * stride_n] = h[s];
+  }
+
+  // The row's first entry in chunk_states. Packed rows follow one another: each lane of a warp
   // counts for some of the rows before.
   __device__ int64_t first_chunk() const {
-    if (!p.chunk_states.data || !p.cu_seqlens.data) return 0;
+    if (!p.cu_seqlens.data) return 0;
     int64_t chunks = 0;
     for (int64_t i = threadIdx.x % 32; i < block.row_index; i += 32) {
       const int64_t length = index_at(p.cu_seqlens, i + 1) - index_at(p.cu_seqlens, i);
@@ -116,77 +141,76 @@ struct ScanRecurrence {
     return chunks;
   }
 
-  // What four steps need.
-  struct Steps {
-    Four dt[kChannels], dt_u[kChannels];
-  };
-  __device__ __forceinline__ void load_steps(float* stage, int t, Steps& steps) const {
-#pragma unroll
-    for (int k = 0; k < kChannels; ++k) {
-      steps.dt[k] = load_four(Shape::cells(stage, 0, row(k)) + t);
-      steps.dt_u[k] = load_four(Shape::cells(stage, 1, row(k)) + t);
-    }
-  }
-
-  __device__ __forceinline__ void advance(float* stage, int steps) {
-    const float* B = Shape::coefficients(stage, 0, lane);
-    const float* C = Shape::coefficients(stage, 1, lane);
-    Steps now, next;
-    load_steps(stage, 0, next);
-    constexpr bool kAhead = kStates <= 2;  // B and C, too, are read ahead
-    Four B_ahead[kAhead ? kStates : 1], C_ahead[kAhead ? kStates : 1];
-    if (kAhead) {
+  // Advances the states over a tile. Leaves y in shared memory (kOutputs), or returns Σ Δ.
+  template <bool kOutputs>
+  __device__ __forceinline__ float advance(float* stage, int steps) {
+    constexpr bool kAhead = kStates <= 2;  // B and C, too, are read four steps ahead
+    float* const cells = Shape::cells(stage, 0, row);
+    float* const y_cells = Shape::cells(stage, Shape::part_of_lane(lane), row);
+    const float* const B = Shape::coefficients(stage, 0, lane);
+    const float* const C = Shape::coefficients(stage, 1, lane);
+    Four dt_next = load_four(cells), dt_u_next = load_four(cells + Shape::kRow);
+    Four B_next[kAhead ? kStates : 1], C_next[kAhead ? kStates : 1];
+    const auto load_coefficients = [&](int t) {
 #pragma unroll
       for (int s = 0; s < kStates; ++s) {
-        B_ahead[s] = load_four(B + s * Shape::kRow);
-        C_ahead[s] = load_four(C + s * Shape::kRow);
+        B_next[s] = load_four(B + s * Shape::kRow + t);
+        if (kOutputs) C_next[s] = load_four(C + s * Shape::kRow + t);
       }
-    }
-#pragma unroll(kChannels* kStates <= 4 ? 4 : 1)
+    };
+    if constexpr (kAhead) load_coefficients(0);
+    float delta_sum = 0;
+#pragma unroll(kStates <= 4 ? 4 : 1)
     for (int t = 0; t < steps; t += 4) {
-      now = next;
-      load_steps(stage, t + 4, next);  // after the last: the unused end of the row
-      Four y[kChannels] = {};
+      const Four dt = dt_next, dt_u = dt_u_next;
+      dt_next = load_four(cells + t + 4);  // after the last: the unused end of the row
+      dt_u_next = load_four(cells + Shape::kRow + t + 4);
+      Four B_now[kAhead ? kStates : 1], C_now[kAhead ? kStates : 1];
+      if constexpr (kAhead) {
+#pragma unroll
+        for (int s = 0; s < kStates; ++s) {
+          B_now[s] = B_next[s];
+          C_now[s] = C_next[s];
+        }
+        load_coefficients(t + 4);
+      }
+      Four y = {};
 #pragma unroll
       for (int s = 0; s < kStates; ++s) {
         Four B_s, C_s;
-        if (kAhead) {
-          B_s = B_ahead[s];
-          C_s = C_ahead[s];
-          B_ahead[s] = load_four(B + s * Shape::kRow + t + 4);
-          C_ahead[s] = load_four(C + s * Shape::kRow + t + 4);
+        if constexpr (kAhead) {
+          B_s = B_now[s];
+          C_s = C_now[s];
         } else {
           B_s = load_four(B + s * Shape::kRow + t);
-          C_s = load_four(C + s * Shape::kRow + t);
+          if (kOutputs) C_s = load_four(C + s * Shape::kRow + t);
         }
 #pragma unroll
-        for (int k = 0; k < kChannels; ++k)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float a = exp2_approx(now.dt[k].value[i] * A[k][s]);
-            h[k][s] = a * h[k][s] + now.dt_u[k].value[i] * B_s.value[i];
-            y[k].value[i] += C_s.value[i] * h[k][s];
-          }
+        for (int i = 0; i < 4; ++i) {
+          h[s] = exp2_approx(dt.value[i] * A[s]) * h[s] + dt_u.value[i] * B_s.value[i];
+          if (kOutputs) y.value[i] += C_s.value[i] * h[s];
+        }
       }
-      if (Shape::kInPlace && Shape::kLanes > 1)
-        __syncwarp();  // all lanes have read what is now overwritten
-#pragma unroll
-      for (int k = 0; k < kChannels; ++k)
-        store_four(Shape::cells(stage, Shape::part_of_lane(lane), row(k)) + t, y[k]);
+      if constexpr (kOutputs) {
+        if (Shape::kInPlace && Shape::kLanes > 1)
+          __syncwarp();  // all lanes have read what is now overwritten
+        store_four(y_cells + t, y);
+      } else {
+        delta_sum += (dt.value[0] + dt.value[1]) + (dt.value[2] + dt.value[3]);
+      }
     }
+    return delta_sum;
   }
 
   // Kahan's summation: a million tiles lose no more than one.
-  __device__ __forceinline__ void add_deltas(float* stage, int steps) {
+  __device__ __forceinline__ void add_deltas(float* stage, int steps, float* sum,
+                                             float* lost) const {
     for (int t = 0; t < steps; t += 4) {
-#pragma unroll
-      for (int k = 0; k < kChannels; ++k) {
-        const Four dt = load_four(Shape::cells(stage, 0, row(k)) + t);
-        const float sum = (dt.value[0] + dt.value[1]) + (dt.value[2] + dt.value[3]);
-        const float added = sum - lost[k], after = delta_sum[k] + added;
-        lost[k] = (after - delta_sum[k]) - added;
-        delta_sum[k] = after;
-      }
+      const Four dt = load_four(Shape::cells(stage, 0, row) + t);
+      const float added = ((dt.value[0] + dt.value[1]) + (dt.value[2] + dt.value[3])) - *lost;
+      const float after = *sum + added;
+      *lost = (after - *sum) - added;
+      *sum = after;
     }
     __syncwarp();  // before it is overwritten
   }

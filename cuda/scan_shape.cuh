@@ -7,15 +7,14 @@
 
 namespace ssmcore::cuda {
 
-inline constexpr int kScanThreads = 128;
+inline constexpr int kScanThreads = 128, kStagingThreads = 128;
 
 // How a block of the scan shares its work (selective_scan_varying_fwd.cu).
-template <int channels, int states, int lanes, int block_l, int staging_threads, int min_blocks>
+template <int states, int lanes, int block_l, int min_blocks>
 struct ScanShape {
-  static constexpr int kChannels = channels, kStates = states, kLanes = lanes, kBlockL = block_l;
-  static constexpr int kStagingThreads = staging_threads, kMinBlocks = min_blocks;
-  static constexpr int kThreads = kScanThreads + kStagingThreads;
-  static constexpr int kBlockD = kChannels * kScanThreads / kLanes;
+  static constexpr int kStates = states, kLanes = lanes, kBlockL = block_l;
+  static constexpr int kMinBlocks = min_blocks;  // on a multiprocessor
+  static constexpr int kBlockD = kScanThreads / kLanes;
   static constexpr int kDstate = kStates * kLanes;  // at most
 
   // Floats in shared memory. The paddings keep threads that read fours together in different banks.
@@ -67,11 +66,20 @@ __device__ __forceinline__ void store_four(float* to, const Four& four) {
       make_float4(four.value[0], four.value[1], four.value[2], four.value[3]);
 }
 
+// A row may be cut into parts of equal length (but for the last) that run side by side.
+struct ScanParts {
+  int64_t count = 1, length = 0;
+  // (count - 1, rows, channels, dstate): by how much a part lets the states at its beginning decay,
+  // and what it adds to them.
+  float2* states = nullptr;
+};
+
 // What a block works on.
 struct ScanBlock {
   const SelectiveScanFwdParams& p;
-  int64_t row_index;
-  ScanRow row;
+  const ScanParts& parts;
+  int64_t part, row_index;
+  ScanRow row;  // only its steps of this part
   int64_t head, first_d;
   int channels;
   bool along_steps;  // how its pieces lie
@@ -79,6 +87,13 @@ struct ScanBlock {
   __device__ Tiles tiles() const {
     const int64_t length = row.end - row.begin;
     return {length, 0, p.chunk_states.data ? p.chunk_size : length};
+  }
+
+  __device__ bool is_last_part() const { return part == parts.count - 1; }
+  __device__ float2* part_state(int64_t part, int d, int n) const {
+    const int64_t channel = head * p.headdim + first_d + d;
+    return parts.states +
+           ((part * p.rows + row_index) * p.nheads * p.headdim + channel) * p.dstate + n;
   }
 
   // The channel, counted from first_d, that row `r` of a stage holds. Those of a pair are half the

@@ -8,12 +8,13 @@
 
 namespace ssmcore::cuda {
 
-template <typename T, typename Shape, bool kAlongSteps>
+// Without kOutputs: for the states only, from the last tile of a part to the first.
+template <typename T, typename Shape, bool kAlongSteps, bool kOutputs>
 struct ScanStaging {
   using Piece = cuda::Piece<T, kAlongSteps>;
   using Input = Cursor<const T, kAlongSteps>;
   using Output = Cursor<T, kAlongSteps>;
-  static constexpr int kBlockL = Shape::kBlockL, kThreads = Shape::kStagingThreads;
+  static constexpr int kBlockL = Shape::kBlockL, kThreads = kStagingThreads;
 
   // How a tile is cut into pieces: a thread's are `thread`, thread + kThreads, … .
   template <int kRows>
@@ -35,7 +36,9 @@ struct ScanStaging {
   static constexpr int kNextRow = kAlongSteps ? kThreads / Channels::kAlong : 0;
   static constexpr int kNextStep = kAlongSteps ? 0 : kThreads / Channels::kAcross * Piece::kSteps;
   static_assert(kAlongSteps ? kNextRow % 8 == 0 : kThreads % Channels::kAcross == 0);
-  using States = Cut<2 * Shape::kDstate>;  // of B, then of C
+  using States = Cut<(kOutputs ? 2 : 1) * Shape::kDstate>;  // of B, then of C
+
+  static constexpr int kStep = kOutputs ? kBlockL : -kBlockL;  // from one tile to the next
 
   const ScanBlock& block;
   const SelectiveScanFwdParams& p;
@@ -61,15 +64,16 @@ struct ScanStaging {
         t(Channels::step(thread)),
         has_piece(thread < Channels::kPieces),
         has_coefficients(thread < States::kPieces),
-        u_tile(kBlockL * p.u.stride[3]),
-        delta_tile(kBlockL * p.delta.stride[3]),
-        z_tile(kBlockL * p.z.stride[3]),
-        out_tile(kBlockL * p.out.stride[3]) {
+        u_tile(kStep * p.u.stride[3]),
+        delta_tile(kStep * p.delta.stride[3]),
+        z_tile(kStep * p.z.stride[3]),
+        out_tile(kStep * p.out.stride[3]) {
     const int64_t group = block.head / (p.nheads / p.ngroups), first_d = block.first_d + d;
-    u = block.cursor<Input>(p.u, block.head, first_d, t);
-    delta = block.cursor<Input>(p.delta, block.head, first_d, t);
-    z = block.cursor<Input>(p.z, block.head, first_d, t);
-    out = block.cursor<Output>(p.out, block.head, first_d, t);
+    const int64_t first_t = kOutputs ? 0 : block.row.end - block.row.begin - kBlockL;
+    u = block.cursor<Input>(p.u, block.head, first_d, first_t + t);
+    delta = block.cursor<Input>(p.delta, block.head, first_d, first_t + t);
+    z = block.cursor<Input>(p.z, block.head, first_d, first_t + t);
+    out = block.cursor<Output>(p.out, block.head, first_d, first_t + t);
     const bool begins_aligned = !kAlongSteps || !p.chunk_states.data || p.chunk_size % 8 == 0;
     constexpr int kRowsUsed = (Channels::kOwn - 1) * kNextRow + Piece::kRows;
     is_fast = begins_aligned && d + kRowsUsed <= block.channels && u.is_aligned() &&
@@ -79,8 +83,8 @@ struct ScanStaging {
     for (int i = 0; i < States::kOwn; ++i) {
       const int n = States::row(thread + i * kThreads), t_n = States::step(thread + i * kThreads);
       coefficients[i] = n < Shape::kDstate
-                            ? block.cursor<Input>(p.B, group, n, t_n)
-                            : block.cursor<Input>(p.C, group, n - Shape::kDstate, t_n);
+                            ? block.cursor<Input>(p.B, group, n, first_t + t_n)
+                            : block.cursor<Input>(p.C, group, n - Shape::kDstate, first_t + t_n);
       is_fast_n = is_fast_n && coefficients[i].is_aligned();
     }
 #pragma unroll
@@ -122,7 +126,7 @@ struct ScanStaging {
           const int rows = i * kNextRow, at = i * kNextStep;
           u.copy(rows, at, slot(tile, kU, i));
           delta.copy(rows, at, slot(tile, kDelta, i));
-          if (p.z.data) z.copy(rows, at, slot(tile, kZ, i));
+          if (kOutputs && p.z.data) z.copy(rows, at, slot(tile, kZ, i));
         }
         u.at += u_tile;
         delta.at += delta_tile;
@@ -130,7 +134,7 @@ struct ScanStaging {
       } else {
         copy_some(u, steps, tile, kU);
         copy_some(delta, steps, tile, kDelta);
-        if (p.z.data) copy_some(z, steps, tile, kZ);
+        if (kOutputs && p.z.data) copy_some(z, steps, tile, kZ);
       }
     }
     if (has_coefficients && steps > 0) {
@@ -147,7 +151,7 @@ struct ScanStaging {
         }
       }
 #pragma unroll
-      for (int i = 0; i < States::kOwn; ++i) coefficients[i].advance(steps);
+      for (int i = 0; i < States::kOwn; ++i) coefficients[i].advance(kOutputs ? steps : kStep);
     }
     commit_copies();
   }
@@ -160,7 +164,7 @@ struct ScanStaging {
       slot(tile, operand, i)
           .store(Input::load_some(input, rows, at, block.channels - d - rows, steps - t - at));
     }
-    input.advance(steps);
+    input.advance(kOutputs ? steps : kStep);
   }
 
   __device__ __forceinline__ void run() {
@@ -183,6 +187,20 @@ struct ScanStaging {
       }
       if (staged + finished > 0) __syncthreads();
     }
+  }
+
+  // The same for the states only; ends when the recurrence has no use for more.
+  __device__ __forceinline__ void run_states(int tiles) {
+    begin(kBlockL, 0);
+    for (int tile = 0; tile < tiles; ++tile) {
+      begin(tile + 1 < tiles ? kBlockL : 0, (tile + 1) % kTilesKept);
+      float* stage = shared + tile % 2 * Shape::kStage;
+      wait_for_copies<1>();
+      if (has_coefficients) stage_coefficients(stage, tile % kTilesKept);
+      if (has_piece) convert(stage, kBlockL, tile % kTilesKept);
+      if (!__syncthreads_or(false)) break;
+    }
+    wait_for_copies<0>();
   }
 
   // The row in a stage, and the step, of a four.

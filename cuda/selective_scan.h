@@ -13,6 +13,8 @@ void selective_state_update_fwd(const SelectiveScanFwdParams& params, const Exec
 // Real A, and B and C that vary in time; is_varying_scan() says what it takes.
 bool is_varying_scan(const SelectiveScanFwdParams& params);
 void selective_scan_varying_fwd(const SelectiveScanFwdParams& params, const Exec& exec);
+size_t selective_scan_varying_fwd_workspace_size(const SelectiveScanFwdParams& params,
+                                                 const Context& context);
 
 // Where everything is float64: for checking.
 void selective_scan_fwd_float64(const SelectiveScanFwdParams& params, const Exec& exec);

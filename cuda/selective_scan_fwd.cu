@@ -3,8 +3,10 @@
 #include "selective_scan.h"
 
 namespace ssmcore::cuda {
-size_t selective_scan_fwd_workspace_size(const SelectiveScanFwdParams&, const Context&) {
-  return 0;
+
+size_t selective_scan_fwd_workspace_size(const SelectiveScanFwdParams& p, const Context& context) {
+  if (p.dtype == DType::float64 || is_state_update(p) || !is_varying_scan(p)) return 0;
+  return selective_scan_varying_fwd_workspace_size(p, context);
 }
 
 void selective_scan_fwd(const SelectiveScanFwdParams& p, const Exec& exec) {
