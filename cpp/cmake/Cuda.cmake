@@ -3,6 +3,21 @@
 
 set(SSMCORE_WITH_CUDA OFF)
 if(NOT SSMCORE_CUDA STREQUAL "OFF")
+  # The wheels keep their libraries in lib, where their compiler does not look for them.
+  set(nvcc "$ENV{CUDACXX}")
+  if(CMAKE_CUDA_COMPILER)
+    set(nvcc ${CMAKE_CUDA_COMPILER})
+  elseif(NOT nvcc)
+    find_program(SSMCORE_NVCC nvcc)
+    set(nvcc "${SSMCORE_NVCC}")
+  endif()
+  get_filename_component(toolkit "${nvcc}" REALPATH)
+  get_filename_component(toolkit "${toolkit}/../.." ABSOLUTE)
+  if(EXISTS "${toolkit}/lib/libcudart_static.a" AND NOT EXISTS "${toolkit}/lib64")
+    set(ENV{CUDAFLAGS} "$ENV{CUDAFLAGS} -L${toolkit}/lib")
+    link_directories("${toolkit}/lib")
+  endif()
+
   include(CheckLanguage)
   check_language(CUDA)
   if(CMAKE_CUDA_COMPILER)
@@ -25,7 +40,9 @@ if(SSMCORE_WITH_CUDA)
     endif()
   endif()
   enable_language(CUDA)
-  find_package(CUDAToolkit REQUIRED)
+  # Not FindCUDAToolkit, which wants a shared library that the wheels do not have.
+  find_library(SSMCORE_CUDART_STATIC cudart_static REQUIRED
+               HINTS "${toolkit}/lib64" "${toolkit}/lib" ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES})
   set(CMAKE_CUDA_STANDARD 17)
   set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 endif()
