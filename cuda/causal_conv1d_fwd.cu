@@ -29,7 +29,7 @@ namespace {
 
 constexpr const char* kOp = "causal_conv1d";
 constexpr int kThreads = CONV_THREADS;
-constexpr int kHalo = 4;            // inputs before a vector of steps that are read with it
+constexpr int kHalo = 4;  // inputs before a vector of steps that are read with it
 
 // Every entry of cu_seqlens, also those that no tile comes to see.
 __device__ void check_cu_seqlens(const CausalConv1dFwdParams& p, uint32_t* faults) {
@@ -45,7 +45,8 @@ __device__ void check_cu_seqlens(const CausalConv1dFwdParams& p, uint32_t* fault
   }
 }
 
-// --- Channels contiguous ---------------------------------------------------------------------------
+// --- Channels contiguous
+// ---------------------------------------------------------------------------
 
 constexpr int64_t kMaxBlockL = CONV_BLOCK_L, kMinBlockL = 8;
 
@@ -102,7 +103,8 @@ __device__ __forceinline__ void load_initial(const CausalConv1dFwdParams& p,
   for (int k = 0; k < kHistory; ++k) to[k] = state.input(kHistory - k);
 }
 
-// The same where every row is one sequence: a thread computes on some steps while it loads the next.
+// The same where every row is one sequence: a thread computes on some steps while it loads the
+// next.
 template <typename T, int kChannels, int kWidth>
 __global__ void __launch_bounds__(kThreads, CONV_MINB)
     causal_conv1d_channels_kernel(const __grid_constant__ CausalConv1dFwdParams p,
@@ -156,17 +158,18 @@ __global__ void __launch_bounds__(kThreads, CONV_MINB)
                 p.seqlen);
 }
 
-// --- Steps contiguous ------------------------------------------------------------------------------
+// --- Steps contiguous
+// ------------------------------------------------------------------------------
 
 constexpr int kStepsThreads = CONV_STHREADS;
 constexpr int kMaxRowsPerThread = CONV_ROWS;
 
 // How the threads of a block lie on rows of steps, and blocks on the rows of a batch.
 struct StepsPlan {
-  int lanes_log2;        // threads side by side in a row
-  int rows_per_thread;   // one after the other
-  uint32_t row_blocks;   // blocks side by side in a row
-  uint32_t batch_blocks; // blocks of a batch
+  int lanes_log2;         // threads side by side in a row
+  int rows_per_thread;    // one after the other
+  uint32_t row_blocks;    // blocks side by side in a row
+  uint32_t batch_blocks;  // blocks of a batch
 };
 
 // N steps of a row from step t on, of which those outside [0, seqlen) are 0.
@@ -293,7 +296,8 @@ __global__ void __launch_bounds__(kStepsThreads, CONV_SMINB)
   }
 }
 
-// --- Launch ----------------------------------------------------------------------------------------
+// --- Launch
+// ----------------------------------------------------------------------------------------
 
 // Tiles as long as leaves the GPU enough of them.
 void set_tiles(CausalConv1dFwdPlan& plan, const CausalConv1dFwdParams& p, int64_t channels,
@@ -301,8 +305,8 @@ void set_tiles(CausalConv1dFwdPlan& plan, const CausalConv1dFwdParams& p, int64_
   constexpr int64_t kThreadsPerSm = 512;
   const int64_t lanes = plan.batch * (p.dim / channels);
   plan.block_l = plan.steps_first ? kMinBlockL : kMaxBlockL;
-  while (plan.block_l > kMinBlockL && lanes * ceil_div(p.seqlen, plan.block_l) <
-                                          kThreadsPerSm * exec.context.cuda().num_sms())
+  while (plan.block_l > kMinBlockL &&
+         lanes * ceil_div(p.seqlen, plan.block_l) < kThreadsPerSm * exec.context.cuda().num_sms())
     plan.block_l /= 2;
   plan.tiles = ceil_div(p.seqlen, plan.block_l);
 }
@@ -331,8 +335,9 @@ bool rows_aligned(const CausalConv1dFwdParams& p, int64_t size) {
 bool takes_step_vectors(const CausalConv1dFwdParams& p, int64_t size) {
   const auto distance =
       reinterpret_cast<uintptr_t>(p.x.data) - reinterpret_cast<uintptr_t>(p.out.data);
-  return p.width <= kMaxVectorWidth && !p.cu_seqlens && !p.seq_idx && (rows_aligned(p, size) || !(p.initial_state || p.final_state)) && p.x.stride[2] == 1 && p.out.stride[2] == 1 &&
-         p.seqlen >= size && distance % 16 == 0 &&
+  return p.width <= kMaxVectorWidth && !p.cu_seqlens && !p.seq_idx &&
+         (rows_aligned(p, size) || !(p.initial_state || p.final_state)) && p.x.stride[2] == 1 &&
+         p.out.stride[2] == 1 && p.seqlen >= size && distance % 16 == 0 &&
          (p.x.stride[0] - p.out.stride[0]) % size == 0 &&
          (p.x.stride[1] - p.out.stride[1]) % size == 0;
 }

@@ -1,5 +1,5 @@
-// The causal convolution of a few channels over a tile of steps, by one thread: a window slides over
-// the inputs. Here is also where sequences begin and end, and what they leave as their states.
+// The causal convolution of a few channels over a tile of steps, by one thread: a window slides
+// over the inputs. Here is also where sequences begin and end, and what they leave as their states.
 #pragma once
 
 #include "causal_conv1d_state.cuh"

@@ -97,8 +97,7 @@ class CausalConv1dState {
     float values[kChannels];
     to_floats(entry, values);
 #pragma unroll
-    for (int i = 0; i < kChannels; ++i)
-      to[i * p.final_state.stride[1]] = from_float<T>(values[i]);
+    for (int i = 0; i < kChannels; ++i) to[i * p.final_state.stride[1]] = from_float<T>(values[i]);
   }
 
   const CausalConv1dFwdParams& p;

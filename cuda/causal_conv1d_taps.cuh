@@ -13,9 +13,9 @@ namespace ssmcore::cuda {
 struct CausalConv1dFwdPlan {
   int64_t batch;
   int64_t block_l, tiles;  // steps of a tile, and tiles of seqlen
-  bool steps_first;        // neighbouring threads have tiles of one channel, not one tile's channels
-  bool weight_vectors;     // weight is read by vectors tap by tap, else channel by channel
-  bool state_vectors;      // the states can be read by vectors
+  bool steps_first;     // neighbouring threads have tiles of one channel, not one tile's channels
+  bool weight_vectors;  // weight is read by vectors tap by tap, else channel by channel
+  bool state_vectors;   // the states can be read by vectors
 };
 
 // N contiguous values, 16 bytes at a time.

@@ -61,8 +61,8 @@ void launch(const CausalConv1dFwdParams& p, const Exec& exec) {
 }  // namespace
 
 bool is_causal_conv1d_update(const CausalConv1dFwdParams& p) {
-  return p.seqlen <= kMaxUpdateSteps && p.width <= kMaxVectorWidth && !p.cu_seqlens &&
-         !p.seq_idx && (p.initial_state || p.final_state);
+  return p.seqlen <= kMaxUpdateSteps && p.width <= kMaxVectorWidth && !p.cu_seqlens && !p.seq_idx &&
+         (p.initial_state || p.final_state);
 }
 
 void launch_causal_conv1d_update(const CausalConv1dFwdParams& p, const Exec& exec) {

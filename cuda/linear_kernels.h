@@ -26,8 +26,8 @@ __device__ __forceinline__ float load_as_float(const void* data, DType dtype, in
 }
 
 // Adds the bias to a sum, and stores it.
-__device__ __forceinline__ void store_output(const LinearParams& p, int64_t row, int64_t output,
-                                             float sum) {
+__device__ __noinline__ inline void store_output(const LinearParams& p, int64_t row, int64_t output,
+                                                 float sum) {
   if (p.bias.data) sum += load_as_float(p.bias.data, p.bias_dtype, output * p.bias.stride[0]);
   const int64_t at = row * p.out.stride[0] + output * p.out.stride[1];
   switch (p.out_dtype) {

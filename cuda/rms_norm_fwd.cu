@@ -97,12 +97,12 @@ struct Place {
   int lane;
 
   __device__ Place(const RmsNormFwdParams& p, int lanes) {
-    const int64_t groups = p.dim / p.group_size;
-    const int64_t item =
-        static_cast<int64_t>(blockIdx.x) * (blockDim.x / lanes) + threadIdx.x / lanes;
-    row = item / groups;
-    first = item % groups * p.group_size;
-    lane = threadIdx.x % lanes;
+    const unsigned in_block = threadIdx.x / lanes;
+    const int64_t item = static_cast<int64_t>(blockIdx.x) * (blockDim.x / lanes) + in_block;
+    const int64_t groups = p.group_size == p.dim ? 1 : p.dim / p.group_size;
+    row = groups == 1 ? item : item / groups;
+    first = groups == 1 ? 0 : (item - row * groups) * p.group_size;
+    lane = static_cast<int>(threadIdx.x - in_block * lanes);
   }
 };
 

@@ -97,8 +97,8 @@ inline double median_seconds(const nvbench::state& state) {
   return state.get_summary("nv/cold/time/gpu/median").get_float64("value");
 }
 
-// Calls an operator over and over, in a workspace of the size it asks for, and adds to NVBench's own
-// columns what the median device time on a cold L2 makes of `elements` and `bytes`.
+// Calls an operator over and over, in a workspace of the size it asks for, and adds to NVBench's
+// own columns what the median device time on a cold L2 makes of `elements` and `bytes`.
 template <typename Args>
 void measure(nvbench::state& state, const Context& context,
              size_t (*workspace_size)(const Args&, const Context&),

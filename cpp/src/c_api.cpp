@@ -44,7 +44,8 @@ std::shared_ptr<HeldContext> make_context(const ssmcore_context_options& options
   const bool given = options.device.type != 0;
   const Device device = given ? to_device("context_create: the context", options.device) : Device{};
   std::unique_ptr<Allocator> allocator = make_allocator(device, options.allocator);
-  const ContextOptions context_options{options.num_threads, allocator.get()};
+  const ContextOptions context_options{options.num_threads, allocator.get(),
+                                       options.batch_invariant != 0};
   return std::shared_ptr<HeldContext>(
       new HeldContext{std::move(allocator), Context(device, context_options)});
 }
@@ -83,5 +84,11 @@ ssmcore_status ssmcore_context_set_num_threads(ssmcore_context* context, int32_t
   return guarded([&] {
     required("context_set_num_threads", "context", context)
         .held->context.set_num_threads(num_threads);
+  });
+}
+
+ssmcore_status ssmcore_context_synchronize(const ssmcore_context* context, void* stream) {
+  return guarded([&] {
+    required("context_synchronize", "context", context).held->context.synchronize(stream);
   });
 }

@@ -80,6 +80,10 @@ void Context::synchronize(void* stream) const {
   if (cuda_) cuda::synchronize(*cuda_, stream);
 }
 
+void set_cublaslt_path(const std::string& path) {
+  cuda::set_cublaslt_path(path.c_str());
+}
+
 int cuda_device_count() {
   return cuda::device_count();
 }

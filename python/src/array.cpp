@@ -261,6 +261,7 @@ void bind_arrays(py::module_& module) {
       });
   module.def("empty", &empty, py::arg("shape"), py::arg("dtype"), py::arg("device"));
   module.def("cuda_device_count", &cuda_device_count);
+  module.def("set_cublaslt_path", &set_cublaslt_path, py::arg("path"));
   module.def(
       "own_stream",
       [](int index) { return reinterpret_cast<uintptr_t>(own_stream({DeviceType::cuda, index})); },

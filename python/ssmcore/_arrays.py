@@ -42,8 +42,19 @@ def gpu_of(array: Any) -> int | None:
     """The index of the GPU whose memory an array is in; None for the memory of the host."""
     if not hasattr(array, "__dlpack_device__"):
         return None
-    code, index = array.__dlpack_device__()
+    try:
+        code, index = array.__dlpack_device__()
+    except Exception:  # a device without memory, as torch's "meta": refused where it is borrowed
+        return None
     return int(index) if code in _GPU_CODES else None
+
+
+def is_token_major(array: Any) -> bool:
+    """Whether a (B, D, L) array that has strides and can be transposed lies (B, L, D) in memory."""
+    if not hasattr(array, "swapaxes"):
+        return False
+    strides = array.stride() if hasattr(array, "stride") else getattr(array, "strides", None)
+    return strides is not None and array.shape[2] > 1 and 0 < strides[1] < strides[2]
 
 
 def dtype_name(array: Any) -> str:

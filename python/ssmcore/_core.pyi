@@ -70,6 +70,9 @@ def empty(shape: Sequence[int], dtype: str, device: str) -> Array: ...
 def cuda_device_count() -> int:
     """The GPUs that this build and machine can use."""
 
+def set_cublaslt_path(path: str) -> None:
+    """Where to load cuBLASLt from, unless a copy of it is loaded already."""
+
 def own_stream(index: int) -> int:
     """The handle of the stream that ssmcore has for a GPU."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -14,6 +16,16 @@ from ._outputs import Library
 
 # DLPack's number, and CUDA's handle, for the default stream.
 _DEFAULT_STREAM = 1
+
+
+@functools.cache
+def _find_cublaslt() -> None:
+    """Tells `_core` where NVIDIA's Python package has cuBLASLt, if it is installed."""
+    try:
+        pathfinder = importlib.import_module("cuda.pathfinder")
+        _core.set_cublaslt_path(pathfinder.load_nvidia_dynamic_lib("cublasLt").abs_path)
+    except (ImportError, RuntimeError):
+        pass  # a copy that is loaded already, or that the system has, will do
 
 
 class GpuLibrary(Library, Protocol):
@@ -40,6 +52,9 @@ class _OnGpu:
 
     def on(self, *, check: bool = False, batch_invariant: bool = False) -> Any:
         return (self.index, self.stream(), self.array_type, check, batch_invariant)
+
+    def prepare_products(self) -> None:
+        _find_cublaslt()
 
 
 class _Torch(_OnGpu):

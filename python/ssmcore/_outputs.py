@@ -37,6 +37,9 @@ class Library(Protocol):
     def on(self, *, check: bool = False, batch_invariant: bool = False) -> Any:
         """What `_core` takes as `on`: the device and stream of a call."""
 
+    def prepare_products(self) -> None:
+        """Before the first call that multiplies matrices: finds what that takes."""
+
 
 class _OnCpu:
     """Of libraries whose arrays are in the memory of the host."""
@@ -49,6 +52,9 @@ class _OnCpu:
 
     def on(self, *, check: bool = False, batch_invariant: bool = False) -> None:
         return None
+
+    def prepare_products(self) -> None:
+        pass
 
 
 class _NumPy(_OnCpu):

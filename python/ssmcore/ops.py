@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 
 from . import _core
-from ._arrays import dtype_name, gpu_of, require_mutable, reshaped
-from ._outputs import library_of
+from ._arrays import dtype_name, gpu_of, is_token_major, require_mutable, reshaped
+from ._outputs import Library, library_of
 from .errors import InvalidArgumentError
 
 Array = Any
@@ -61,6 +61,14 @@ def _require_rank(array: Any, what: str, rank: int, dims: str) -> None:
 def _require_size(value: Any, what: str) -> None:
     if not isinstance(value, (int, np.integer)) or value < 1:
         raise InvalidArgumentError(f"{what} is {value!r}, expected a whole number of at least 1")
+
+
+def _empty_like(library: Library, array: Array) -> Array:
+    """Memory for an output like a (B, D, L) array: token-major where that is, which is faster."""
+    if len(array.shape) == 3 and is_token_major(array):
+        batch, dim, seqlen = array.shape
+        return library.empty((batch, seqlen, dim), dtype_name(array)).swapaxes(1, 2)
+    return library.empty(array.shape, dtype_name(array))
 
 
 def _rows(array: Array) -> Array:
@@ -122,7 +130,7 @@ def selective_scan(
     if cu_seqlens is not None:
         _require_rank(cu_seqlens, "selective_scan: cu_seqlens", 1, "(sequences + 1,)")
         rows = max(cu_seqlens.shape[0] - 1, 0)
-    out = library.empty(u.shape, dtype_name(u))
+    out = _empty_like(library, u)
     last_state = chunk_states = delta_sum = None
     if return_last_state:
         last_state = library.empty((rows, dim, dstate), dtype_name(A))
@@ -257,7 +265,7 @@ def causal_conv1d(
     _require_rank(x, "causal_conv1d: x", 3, "(batch, dim, seqlen)")
     _require_rank(weight, "causal_conv1d: weight", 2, "(dim, width)")
     library = library_of(x)
-    out = library.empty(x.shape, dtype_name(x))
+    out = _empty_like(library, x)
     final_state = None
     if return_final_state:
         state_len = weight.shape[1] - 1 if initial_state is None else initial_state.shape[-1]
@@ -316,7 +324,7 @@ def causal_conv1d_update(
         "causal_conv1d takes it as initial_state and returns the final state",
     )
     library = library_of(x)
-    out = library.empty(x.shape, dtype_name(x))
+    out = _empty_like(library, x)
     _core.causal_conv1d_update(
         on=library.on(check=check),
         x=x,
@@ -410,6 +418,7 @@ def linear(
     _require_rank(weight, "linear: weight", 2, "(out_features, in_features)")
     library = library_of(x)
     out = library.empty((*x.shape[:-1], weight.shape[0]), dtype_name(x))
+    library.prepare_products()
     _core.linear(
         on=library.on(batch_invariant=batch_invariant),
         x=_rows(x),
@@ -600,6 +609,7 @@ def mamba_block(
         require_mutable(state, f"mamba_block: {name}", "pass a NumPy array, which x need not be")
     library = library_of(x)
     out = library.empty(x.shape, dtype_name(x))
+    library.prepare_products()
     _core.mamba_block(
         on=library.on(check=check, batch_invariant=batch_invariant),
         x=x,

@@ -46,6 +46,9 @@ static void test_context(void) {
   CHECK_FAILS(ssmcore_context_set_num_threads(context, 0), SSMCORE_INVALID_ARGUMENT, "n is 0");
   CHECK_FAILS(ssmcore_context_set_num_threads(NULL, 1), SSMCORE_INVALID_ARGUMENT,
               "context_set_num_threads: context is NULL");
+  CHECK_OK(ssmcore_context_synchronize(context, NULL));
+  CHECK_FAILS(ssmcore_context_synchronize(NULL, NULL), SSMCORE_INVALID_ARGUMENT,
+              "context_synchronize: context is NULL");
   CHECK_FAILS(ssmcore_context_num_threads(context, NULL), SSMCORE_INVALID_ARGUMENT,
               "num_threads is NULL");
   ssmcore_context_destroy(context);

@@ -127,6 +127,8 @@ typedef struct ssmcore_context_options {
   int32_t num_threads; /* CPU threads that one call uses, the caller's included; 0: the environment
                           variable SSMCORE_NUM_THREADS, else every core */
   const ssmcore_allocator* allocator; /* copied; NULL: the device's default */
+  int32_t batch_invariant; /* 1: results of a row whose bits do not depend on the batch it is in,
+                              for some speed on a GPU; on the CPU they never do */
 } ssmcore_context_options;
 
 /* `options` may be NULL: the defaults. On failure *context is NULL. SSMCORE_UNSUPPORTED for a
@@ -140,6 +142,12 @@ SSMCORE_C_API ssmcore_status ssmcore_context_num_threads(const ssmcore_context* 
 /* Not between asking for the size of a workspace and the call that uses it. */
 SSMCORE_C_API ssmcore_status ssmcore_context_set_num_threads(ssmcore_context* context,
                                                              int32_t num_threads);
+
+/* Waits for what was launched on `stream`, a device stream. SSMCORE_INVALID_ARGUMENT where a kernel
+ * met an index out of range, which nobody can look at before it runs on a GPU; the next call on the
+ * context says so too. */
+SSMCORE_C_API ssmcore_status ssmcore_context_synchronize(const ssmcore_context* context,
+                                                         void* stream);
 
 /* ---- Operators ----
  *

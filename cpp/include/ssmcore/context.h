@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <string>
 
 #include "ssmcore/buffer.h"
 #include "ssmcore/tensor.h"
@@ -72,6 +73,11 @@ class Context {
 
 // CUDA devices that this build and machine can use; 0 where there is no driver.
 int cuda_device_count();
+
+// Where to load cuBLASLt from, which large products on a GPU run on, if this process has not loaded
+// a copy of it and the environment variable SSMCORE_CUBLASLT names none. By default the loader
+// looks for it by name. Heeded until the first such product.
+void set_cublaslt_path(const std::string& path);
 
 // Everything a call needs besides its tensors. Operators allocate nothing: the caller provides
 // `workspace`, at least as large as the operator's *_workspace_size says, aligned to 64 bytes.
