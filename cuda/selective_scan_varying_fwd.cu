@@ -25,9 +25,6 @@
 namespace ssmcore::cuda {
 namespace {
 
-template <typename T, typename Shape, bool kAlongSteps, bool kOutputs>
-using Staging = ScanStaging<T, Shape, kAlongSteps, kOutputs>;
-
 template <typename T, typename Shape, bool kOutputs>
 __global__ void __launch_bounds__(kScanThreads + kStagingThreads, Shape::kMinBlocks)
     selective_scan_varying_fwd_kernel(const __grid_constant__ SelectiveScanFwdParams p,
@@ -54,17 +51,17 @@ __global__ void __launch_bounds__(kScanThreads + kStagingThreads, Shape::kMinBlo
     if (threadIdx.x < kScanThreads)
       ScanRecurrence<Shape>(block, shared, thread).run();
     else if (block.along_steps)
-      Staging<T, Shape, true, true>(block, shared, thread).run();
+      ScanStaging<T, Shape, true, true>(block, shared, thread).run();
     else
-      Staging<T, Shape, false, true>(block, shared, thread).run();
+      ScanStaging<T, Shape, false, true>(block, shared, thread).run();
   } else {
     const int tiles = static_cast<int>(parts.length / Shape::kBlockL);
     if (threadIdx.x < kScanThreads)
       ScanRecurrence<Shape>(block, shared, thread).run_states(tiles);
     else if (block.along_steps)
-      Staging<T, Shape, true, false>(block, shared, thread).run_states(tiles);
+      ScanStaging<T, Shape, true, false>(block, shared, thread).run_states(tiles);
     else
-      Staging<T, Shape, false, false>(block, shared, thread).run_states(tiles);
+      ScanStaging<T, Shape, false, false>(block, shared, thread).run_states(tiles);
   }
 }
 
@@ -76,7 +73,7 @@ int64_t blocks_of(const SelectiveScanFwdParams& p) {
 template <typename T, typename Shape, bool kOutputs>
 void launch(const SelectiveScanFwdParams& p, const ScanParts& parts, const Exec& exec) {
   constexpr size_t kSharedBytes =
-      2 * sizeof(float) * Shape::kStage + Staging<T, Shape, true, kOutputs>::kSlotBytes;
+      2 * sizeof(float) * Shape::kStage + ScanStaging<T, Shape, true, kOutputs>::kSlotBytes;
   const int64_t parts_run = kOutputs ? parts.count : parts.count - 1;
   launch_kernel("selective_scan", selective_scan_varying_fwd_kernel<T, Shape, kOutputs>,
                 {dim3(static_cast<unsigned>(parts_run * blocks_of<Shape>(p))),
@@ -107,7 +104,7 @@ ScanPlan choose_plan(const SelectiveScanFwdParams& p, int num_sms, bool batch_in
     double alone, shared;
   };
   constexpr Cost kCosts[] = {
-      {1, 128, 160, 110}, {2, 64, 74, 54}, {4, 32, 48, 38.5}, {8, 16, 34, 30.5}, {16, 8, 17, 17}};
+      {1, 128, 160, 110}, {2, 64, 74, 61}, {4, 32, 48, 38.5}, {8, 16, 34, 30.5}, {16, 8, 17, 17}};
   // To find the states of a part takes so much of what its outputs do.
   constexpr double kStatesCost = 0.8;
   constexpr int64_t kLeastPart = 2048, kMostParts = 128;
@@ -153,7 +150,7 @@ void launch_for(const SelectiveScanFwdParams& p, const Exec& exec) {
       return launch<T, Shape, true>(p, parts, exec);
     }
     case 2:
-      return launch_whole<T, ShapeFor<T, 2, 8, 16, 3>>(p, exec);
+      return launch_whole<T, ShapeFor<T, 2, 8, 32, 2>>(p, exec);
     case 4:
       return launch_whole<T, ShapeFor<T, 4, 4, 32, 2>>(p, exec);
     case 8:
