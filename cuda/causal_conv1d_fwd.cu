@@ -1,24 +1,3 @@
-#ifndef CONV_UNROLL
-#define CONV_UNROLL 4
-#endif
-#ifndef CONV_MINB
-#define CONV_MINB 4
-#endif
-#ifndef CONV_SMINB
-#define CONV_SMINB 4
-#endif
-#ifndef CONV_BLOCK_L
-#define CONV_BLOCK_L 16
-#endif
-#ifndef CONV_STHREADS
-#define CONV_STHREADS 256
-#endif
-#ifndef CONV_ROWS
-#define CONV_ROWS 8
-#endif
-#ifndef CONV_THREADS
-#define CONV_THREADS 128
-#endif
 // The causal convolution on the GPU, limited by memory: every input is read once, by vectors along
 // whichever of channels and steps is contiguous.
 #include "causal_conv1d_fwd_tile.cuh"
@@ -28,7 +7,7 @@ namespace ssmcore::cuda {
 namespace {
 
 constexpr const char* kOp = "causal_conv1d";
-constexpr int kThreads = CONV_THREADS;
+constexpr int kThreads = 128;
 constexpr int kHalo = 4;  // inputs before a vector of steps that are read with it
 
 // Every entry of cu_seqlens, also those that no tile comes to see.
@@ -45,10 +24,10 @@ __device__ void check_cu_seqlens(const CausalConv1dFwdParams& p, uint32_t* fault
   }
 }
 
-// --- Channels contiguous
-// ---------------------------------------------------------------------------
+// --- Channels contiguous -------------------------------------------------------------------------
 
-constexpr int64_t kMaxBlockL = CONV_BLOCK_L, kMinBlockL = 8;
+// Steps of a tile of vectors, and of one of single channels, whose overhead weighs more.
+constexpr int64_t kBlockL = 8, kSingleBlockL = 32;
 
 // Where a thread's tile is, in integers that are large enough.
 template <typename Index>
@@ -103,14 +82,14 @@ __device__ __forceinline__ void load_initial(const CausalConv1dFwdParams& p,
   for (int k = 0; k < kHistory; ++k) to[k] = state.input(kHistory - k);
 }
 
-// The same where every row is one sequence: a thread computes on some steps while it loads the
-// next.
+// Tiles of vectors where every row is one sequence: a thread computes on some steps while it loads
+// the next.
 template <typename T, int kChannels, int kWidth>
-__global__ void __launch_bounds__(kThreads, CONV_MINB)
+__global__ void __launch_bounds__(kThreads, 4)
     causal_conv1d_channels_kernel(const __grid_constant__ CausalConv1dFwdParams p,
                                   const __grid_constant__ CausalConv1dFwdPlan plan,
                                   uint32_t* faults) {
-  constexpr int kHistory = kWidth - 1, kUnroll = CONV_UNROLL;
+  constexpr int kHistory = kWidth - 1, kUnroll = 4;
   const TilePlace<uint32_t> place(p, plan, kChannels);
   if (place.batch >= plan.batch) return;
   const T* x = static_cast<const T*>(p.x.data) + place.batch * p.x.stride[0] + place.d +
@@ -158,11 +137,10 @@ __global__ void __launch_bounds__(kThreads, CONV_MINB)
                 p.seqlen);
 }
 
-// --- Steps contiguous
-// ------------------------------------------------------------------------------
+// --- Steps contiguous ----------------------------------------------------------------------------
 
-constexpr int kStepsThreads = CONV_STHREADS;
-constexpr int kMaxRowsPerThread = CONV_ROWS;
+constexpr int kStepsThreads = 256;
+constexpr int kMaxRowsPerThread = 4;
 
 // How the threads of a block lie on rows of steps, and blocks on the rows of a batch.
 struct StepsPlan {
@@ -272,7 +250,7 @@ struct StepsPiece {
 // A thread has the same steps of some channels, a vector of each that is aligned in x and out. It
 // computes on one while it loads the next.
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kStepsThreads, CONV_SMINB)
+__global__ void __launch_bounds__(kStepsThreads, 5)
     causal_conv1d_steps_kernel(const __grid_constant__ CausalConv1dFwdParams p,
                                const __grid_constant__ CausalConv1dFwdPlan plan,
                                const __grid_constant__ StepsPlan steps, uint32_t* faults) {
@@ -296,26 +274,14 @@ __global__ void __launch_bounds__(kStepsThreads, CONV_SMINB)
   }
 }
 
-// --- Launch
-// ----------------------------------------------------------------------------------------
-
-// Tiles as long as leaves the GPU enough of them.
-void set_tiles(CausalConv1dFwdPlan& plan, const CausalConv1dFwdParams& p, int64_t channels,
-               const Exec& exec) {
-  constexpr int64_t kThreadsPerSm = 512;
-  const int64_t lanes = plan.batch * (p.dim / channels);
-  plan.block_l = plan.steps_first ? kMinBlockL : kMaxBlockL;
-  while (plan.block_l > kMinBlockL &&
-         lanes * ceil_div(p.seqlen, plan.block_l) < kThreadsPerSm * exec.context.cuda().num_sms())
-    plan.block_l /= 2;
-  plan.tiles = ceil_div(p.seqlen, plan.block_l);
-}
+// --- Launch --------------------------------------------------------------------------------------
 
 template <typename T, int kChannels, int kWidth>
 void launch_tiles(const CausalConv1dFwdParams& p, const Exec& exec) {
   CausalConv1dFwdPlan plan = plan_for(p, kChannels);
   plan.steps_first = kChannels == 1 && p.x.stride[2] < p.x.stride[1];
-  set_tiles(plan, p, kChannels, exec);
+  plan.block_l = kChannels > 1 || plan.steps_first ? kBlockL : kSingleBlockL;
+  plan.tiles = ceil_div(p.seqlen, plan.block_l);
   const int64_t threads = plan.batch * (p.dim / kChannels) * plan.tiles;
   const bool plain = !p.cu_seqlens && !p.seq_idx && threads <= INT32_MAX;
   void (*kernel)(CausalConv1dFwdParams, CausalConv1dFwdPlan, uint32_t*) =
@@ -373,7 +339,13 @@ size_t causal_conv1d_fwd_workspace_size(const CausalConv1dFwdParams&, const Cont
   return 0;
 }
 
-void causal_conv1d_fwd(const CausalConv1dFwdParams& p, const Exec& exec) {
+void causal_conv1d_fwd(const CausalConv1dFwdParams& params, const Exec& exec) {
+  CausalConv1dFwdParams p = params;
+  for (Strided<3>* tensor : {&p.x, &p.out}) {
+    // A stride over one element keeps nothing from being aligned.
+    if (p.cu_seqlens || p.rows == 1) tensor->stride[0] = 0;
+    if (p.seqlen == 1) tensor->stride[2] = 0;
+  }
   if (is_causal_conv1d_update(p)) return launch_causal_conv1d_update(p, exec);
   with_type(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;

@@ -1,7 +1,4 @@
 // The causal convolution of a few tokens, as in decoding: the states are most of the work.
-#ifndef CONV_UMINB
-#define CONV_UMINB 8
-#endif
 #include "causal_conv1d_launch.h"
 #include "causal_conv1d_state.cuh"
 
@@ -12,7 +9,7 @@ constexpr int kThreads = 128;
 
 // A thread has a few channels of a row: the inputs before the next stay in registers.
 template <typename T, int kChannels, int kWidth>
-__global__ void __launch_bounds__(kThreads, CONV_UMINB)
+__global__ void __launch_bounds__(kThreads)
     causal_conv1d_update_kernel(const __grid_constant__ CausalConv1dFwdParams p,
                                 const __grid_constant__ CausalConv1dFwdPlan plan,
                                 uint32_t* faults) {
