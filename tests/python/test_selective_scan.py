@@ -36,6 +36,45 @@ def test_agrees_with_reference(backend: Backend, case: ScanCase) -> None:
     assert_close(last_state, expected_state, "float32")
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "token-major"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "dim", "seqlen", "dstate"),
+    [
+        (1, 16, 264, 16),
+        (1, 2080, 72, 16),
+        (2, 4096, 40, 16),
+        (9, 4096, 40, 4),
+        (2, 160, 264, 32),
+        (2, 80, 264, 64),
+        (2, 40, 264, 128),
+        (2, 24, 136, 256),
+    ],
+)
+def test_sizes_that_vectors_divide(
+    backend: Backend, batch: int, dim: int, seqlen: int, dstate: int, dtype: str, layout: str
+) -> None:
+    """Aligned operands, and sizes for which a GPU's work is shared out differently."""
+    case = ScanCase(batch, dim, seqlen, dstate, dtype, layout=layout)
+    inputs = case.inputs()
+    out, last_state = backend.call(ops.selective_scan, **inputs)
+    expected_out, expected_state = reference.selective_scan(**inputs)
+    assert_close(out, expected_out, dtype)
+    assert_close(last_state, expected_state, "float32")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "token-major", "spread"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_row_of_few_channels(backend: Backend, dtype: str, layout: str) -> None:
+    """On a GPU such a row is cut into parts that run side by side."""
+    inputs = ScanCase(1, 16, 40_003, dtype=dtype, layout=layout).inputs()
+    inputs["A"][:4] /= 64  # several parts are remembered
+    out, last_state = backend.call(ops.selective_scan, **inputs)
+    expected_out, expected_state = reference.selective_scan(**inputs)
+    assert_close(out, expected_out, dtype)
+    assert_close(last_state, expected_state, "float32")
+
+
 @pytest.mark.parametrize("case", FLOAT64_SCAN_CASES)
 def test_float64_agrees_with_reference(backend: Backend, case: ScanCase) -> None:
     inputs = case.inputs()
