@@ -1,0 +1,42 @@
+"""What the operators ask of their arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .._arrays import dtype_name, is_token_major, reshaped
+from .._outputs import Library
+from ..errors import InvalidArgumentError
+
+Array = Any
+
+
+def require_array(array: Any, what: str) -> None:
+    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        raise InvalidArgumentError(f"{what} is a {type(array).__name__}, expected an array")
+
+
+def require_rank(array: Any, what: str, rank: int, dims: str) -> None:
+    require_array(array, what)
+    if len(array.shape) != rank:
+        raise InvalidArgumentError(f"{what} has shape {tuple(array.shape)}, expected {dims}")
+
+
+def require_size(value: Any, what: str) -> None:
+    if not isinstance(value, (int, np.integer)) or value < 1:
+        raise InvalidArgumentError(f"{what} is {value!r}, expected a whole number of at least 1")
+
+
+def empty_like(library: Library, array: Array) -> Array:
+    """Memory for an output like a (B, D, L) array: token-major where that is, which is faster."""
+    if len(array.shape) == 3 and is_token_major(array):
+        batch, dim, seqlen = array.shape
+        return library.empty((batch, seqlen, dim), dtype_name(array)).swapaxes(1, 2)
+    return library.empty(array.shape, dtype_name(array))
+
+
+def rows(array: Array) -> Array:
+    """(..., n) as (rows, n)."""
+    return array if len(array.shape) == 2 else reshaped(array, -1, array.shape[-1])
