@@ -41,7 +41,7 @@ struct ScanRecurrence {
     int64_t chunk = p.chunk_states.data ? first_chunk() : 0;
     Tiles tiles = block.tiles();
     int steps = tiles.next<Shape::kBlockL>();
-    if (steps > 0) __syncthreads();
+    if (steps > 0) scan_barrier();
     for (bool odd = false; steps > 0; odd = !odd) {
       float* stage = shared + (odd ? Shape::kStage : 0);
       if (p.delta_sum.data) add_deltas(stage, steps, &delta_sum, &lost);
@@ -54,7 +54,7 @@ struct ScanRecurrence {
         ++chunk;
       }
       steps = tiles.next<Shape::kBlockL>();
-      __syncthreads();
+      scan_barrier();
     }
     if (p.last_state.data && block.row.slot >= 0 && block.is_last_part()) {
       const Strided<4>& to = p.last_state;
@@ -79,7 +79,7 @@ struct ScanRecurrence {
       sum[s] = 0;
       decay[s] = 1;
     }
-    __syncthreads_or(true);
+    scan_barrier_or(true);
     for (int tile = 0; tile < tiles; ++tile) {
       float* stage = shared + tile % 2 * Shape::kStage;
 #pragma unroll
@@ -92,7 +92,7 @@ struct ScanRecurrence {
         decay[s] = exp2_approx(later * A[s]);
         counts = counts || (exists(s) && decay[s] != 0);
       }
-      if (tile + 1 < tiles && !__syncthreads_or(counts)) break;
+      if (tile + 1 < tiles && !scan_barrier_or(counts)) break;
     }
 #pragma unroll
     for (int s = 0; s < kStates; ++s)

@@ -9,6 +9,23 @@ namespace ssmcore::cuda {
 
 inline constexpr int kScanThreads = 128, kStagingThreads = 128;
 
+// All threads of a block, which come here from two places: what stages and what runs the
+// recurrence.
+__device__ __forceinline__ void scan_barrier() {
+  asm volatile("barrier.cta.sync 1, %0;" ::"n"(kScanThreads + kStagingThreads) : "memory");
+}
+// Whether any of them brought a true `value`.
+__device__ __forceinline__ bool scan_barrier_or(bool value) {
+  int any;
+  asm volatile(
+      "{ .reg .pred mine, any; setp.ne.s32 mine, %1, 0; "
+      "barrier.cta.red.or.pred any, 1, %2, mine; selp.s32 %0, 1, 0, any; }"
+      : "=r"(any)
+      : "r"(static_cast<int>(value)), "n"(kScanThreads + kStagingThreads)
+      : "memory");
+  return any != 0;
+}
+
 // How a block of the scan shares its work (selective_scan_varying_fwd.cu).
 template <int states, int lanes, int block_l, int min_blocks>
 struct ScanShape {

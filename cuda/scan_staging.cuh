@@ -185,7 +185,7 @@ struct ScanStaging {
         if (has_coefficients) stage_coefficients(stage, tile);
         if (has_piece) convert(stage, staged, tile);
       }
-      if (staged + finished > 0) __syncthreads();
+      if (staged + finished > 0) scan_barrier();
     }
   }
 
@@ -198,7 +198,7 @@ struct ScanStaging {
       wait_for_copies<1>();
       if (has_coefficients) stage_coefficients(stage, tile % kTilesKept);
       if (has_piece) convert(stage, kBlockL, tile % kTilesKept);
-      if (!__syncthreads_or(false)) break;
+      if (!scan_barrier_or(false)) break;
     }
     wait_for_copies<0>();
   }

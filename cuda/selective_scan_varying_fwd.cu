@@ -132,7 +132,7 @@ ScanPlan choose_plan(const SelectiveScanFwdParams& p, int num_sms, bool batch_in
 
 ScanPlan plan_of(const SelectiveScanFwdParams& p, const Context& context) {
   if (p.dstate > 16) return {};
-  return choose_plan(p, context.cuda().num_sms(), false);
+  return choose_plan(p, context.cuda().num_sms(), context.batch_invariant());
 }
 
 template <typename T>

@@ -29,14 +29,16 @@ void wait_for(const Context& context, void* stream, void* earlier) {
 
 void copy(const TensorView& source, const TensorView& target, const Exec& exec) {
   const Checks check("copy", exec.context.device());
-  for (const auto& [view, name] : {std::pair{&source, "source"}, {&target, "target"}}) {
-    check.require(static_cast<bool>(*view), [&] { return std::string(name) + " is missing"; });
-    check.require(view->is_contiguous(), [&] { return std::string(name) + " is not contiguous"; });
-    check.require(view->device == Device{} || view->device == exec.context.device(), [&] {
-      return std::string(name) + " is on " + to_string(view->device) + ", expected cpu or " +
+  const auto check_view = [&](const TensorView& view, const std::string& name) {
+    check.require(static_cast<bool>(view), [&] { return name + " is missing"; });
+    check.require(view.is_contiguous(), [&] { return name + " is not contiguous"; });
+    check.require(view.device == Device{} || view.device == exec.context.device(), [&] {
+      return name + " is on " + to_string(view.device) + ", expected cpu or " +
              to_string(exec.context.device());
     });
-  }
+  };
+  check_view(source, "source");
+  check_view(target, "target");
   check.require(source.dtype == target.dtype && source.rank == target.rank &&
                     std::equal(source.shape, source.shape + source.rank, target.shape),
                 [&] {
