@@ -83,9 +83,10 @@ BACKENDS = {
 }
 
 
-def why_no_cuda() -> str | None:
-    """Why nothing can run on a GPU here; None if it can."""
+def require_cuda() -> None:
+    """Skips a test where nothing can run on a GPU, and says why."""
     if ssmcore.cuda_device_count() == 0:
-        return "no CUDA device, or ssmcore was built without CUDA"
+        pytest.skip("no CUDA device, or ssmcore was built without CUDA")
     torch = pytest.importorskip("torch")
-    return None if torch.cuda.is_available() else "torch has no CUDA device to put tensors on"
+    if not torch.cuda.is_available():
+        pytest.skip("torch has no CUDA device to put tensors on")

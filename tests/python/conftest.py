@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import pytest
-from backends import BACKENDS, Backend, why_no_cuda
+from backends import BACKENDS, Backend, require_cuda
 from hypothesis import settings
 
 import ssmcore
@@ -22,9 +22,8 @@ settings.load_profile("operators")
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def backend(request: pytest.FixtureRequest) -> Backend:
-    reason = why_no_cuda() if request.param == "cuda" else None
-    if reason is not None:
-        pytest.skip(reason)
+    if request.param == "cuda":
+        require_cuda()
     return BACKENDS[request.param]
 
 

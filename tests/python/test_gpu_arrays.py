@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from backends import why_no_cuda
+from backends import require_cuda
 from calls import CALLS, IN_PLACE, as_tuple
 from helpers import DTYPES, assert_close, assert_same_bits, refuses
 
@@ -18,17 +18,14 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
-    reason = why_no_cuda() if request.param == "cuda" else None
-    if reason is not None:
-        pytest.skip(reason)
+    if request.param == "cuda":
+        require_cuda()
     return request.param
 
 
 @pytest.fixture
 def gpu() -> None:
-    reason = why_no_cuda()
-    if reason is not None:
-        pytest.skip(reason)
+    require_cuda()
 
 
 # --- ssmcore.Array --------------------------------------------------------------------------------

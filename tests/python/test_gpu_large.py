@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
-from backends import why_no_cuda
+from backends import require_cuda
 from helpers import assert_close
 
 from ssmcore import ops
@@ -20,9 +20,7 @@ DIM, SEQLEN = 4096, 2**19 + 64
 
 @pytest.fixture(scope="module")
 def torch() -> Any:
-    reason = why_no_cuda()
-    if reason is not None:
-        pytest.skip(reason)
+    require_cuda()
     torch = pytest.importorskip("torch")
     torch.use_deterministic_algorithms(False)  # outputs need not be filled before they are written
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:

@@ -13,7 +13,8 @@ from .._outputs import library_of
 from ..errors import InvalidArgumentError
 from ._arguments import Array, require_rank
 
-# The range of each setting of `sample`, and how to say it.
+# The range of each setting of `sample`, and how to say it: for a GPU, since on the CPU the call
+# itself looks at them.
 _SETTINGS: dict[str, tuple[Callable[[np.ndarray], Any], str]] = {
     "repetition_penalty": (lambda v: (v > 0) & np.isfinite(v), "a positive number"),
     "temperature": (lambda v: (v >= 0) & np.isfinite(v), "a finite number of at least 0"),
@@ -60,6 +61,7 @@ def sample(
     batch = logits.shape[0]
     library = library_of(logits)
     out = library.empty((batch,), "int64")
+    on = library.on(check=check)
 
     def setting(name: str, value: Any, dtype: str) -> Any:
         if gpu_of(value) is not None:
@@ -78,13 +80,14 @@ def sample(
             raise InvalidArgumentError(
                 f"sample: {name} is {value!r}, expected a number or {batch} of them"
             ) from error
-        valid, expected = _SETTINGS.get(name, (None, ""))
-        if valid is not None and not valid(rows).all():
-            raise InvalidArgumentError(f"sample: {name} is {value!r}, expected {expected}")
+        if on is not None and name in _SETTINGS:
+            valid, expected = _SETTINGS[name]
+            if not valid(rows).all():
+                raise InvalidArgumentError(f"sample: {name} is {value!r}, expected {expected}")
         return library.from_host(rows)
 
     _core.sample(
-        on=library.on(check=check),
+        on=on,
         logits=logits,
         history=history,
         repetition_penalty=setting("repetition_penalty", repetition_penalty, "float32"),
