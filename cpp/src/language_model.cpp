@@ -130,6 +130,15 @@ LanguageModel::LanguageModel(const Checkpoint& checkpoint, const Context& contex
                         ", expected float32, bfloat16 or float16";
                });
   allocator_ = &context.allocator();
+  load();
+}
+
+LanguageModel::~LanguageModel() = default;
+LanguageModel::LanguageModel(LanguageModel&&) noexcept = default;
+
+void LanguageModel::load() {
+  layers_.clear();
+  buffers_.clear();
   WeightLoader loader(checkpoint_.tensors, *allocator_, buffers_);
   constexpr int64_t kNoLayer = WeightLoader::kNoLayer;
   const int64_t d_model = config().d_model;
@@ -149,11 +158,14 @@ LanguageModel::LanguageModel(const Checkpoint& checkpoint, const Context& contex
     layers_.push_back(std::move(layer));
   }
   loader.finish();
-  num_parameters_ = loader.num_parameters();
+  parameters_ = loader.taken();
 }
 
-LanguageModel::~LanguageModel() = default;
-LanguageModel::LanguageModel(LanguageModel&&) noexcept = default;
+int64_t LanguageModel::num_parameters() const {
+  int64_t sum = 0;
+  for (const auto& [name, tensor] : parameters_) sum += tensor.numel();
+  return sum;
+}
 
 ModelState LanguageModel::new_state(int64_t num_slots) const {
   std::vector<std::vector<StateSpec>> states;

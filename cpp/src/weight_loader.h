@@ -2,6 +2,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <map>
 #include <set>
 #include <string>
 #include <vector>
@@ -11,6 +12,9 @@
 #include "ssmcore/weight.h"
 
 namespace ssmcore {
+
+// `count` contiguous elements, float32, bfloat16 or float16, at any alignment.
+void to_float32(const char* from, DType dtype, int64_t count, float* to);
 
 // How transformers names what a checkpoint holds under `name`.
 std::string transformers_name(const std::string& name);
@@ -39,7 +43,8 @@ class WeightLoader {
   // Throws for a stored tensor that nothing has taken.
   void finish() const;
 
-  int64_t num_parameters() const { return num_parameters_; }
+  // What has been taken, by its stored name.
+  const std::map<std::string, TensorView>& taken() const { return taken_; }
 
  private:
   // Memory for a tensor that is not used as stored.
@@ -50,8 +55,8 @@ class WeightLoader {
   const TensorMap& stored_;
   Allocator& allocator_;
   std::vector<Buffer>& buffers_;
-  std::set<std::string> taken_;
-  int64_t num_parameters_ = 0;
+  std::map<std::string, TensorView> taken_;
+  std::set<std::string> ignored_;
 };
 
 }  // namespace ssmcore

@@ -1,6 +1,7 @@
 // A whole language model: embedding, pre-norm residual blocks, final norm, head.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -67,7 +68,7 @@ struct LoadOptions {
   DType dtype = DType::float32;
 };
 
-// Immutable once made, so threads may share it, each with its own state and workspace. The context
+// Not changed by use, so threads may share it, each with its own state and workspace. The context
 // must outlive it.
 class LanguageModel {
  public:
@@ -79,10 +80,15 @@ class LanguageModel {
 
   const ModelConfig& config() const { return checkpoint_.config; }
   DType dtype() const { return dtype_; }
-  int64_t num_parameters() const { return num_parameters_; }
+  int64_t num_parameters() const;
 
   // What it was made from: the configuration and the tensors as stored.
   const Checkpoint& checkpoint() const { return checkpoint_; }
+  // The tensors of the checkpoint that it has learnt, by their stored names; a head that is tied to
+  // the embedding is none. They may be written where the checkpoint's memory may, as that of a
+  // float32_copy() may, while no call runs; the model follows with the next refresh().
+  const std::map<std::string, TensorView>& parameters() const { return parameters_; }
+  void refresh() { load(); }
 
   ModelState new_state(int64_t num_slots) const;
 
@@ -94,6 +100,8 @@ class LanguageModel {
   struct Layer;
   struct Activations;
 
+  // Everything below that comes from the checkpoint's tensors.
+  void load();
   size_t chunk_workspace_size(int64_t batch, int64_t length, const Context& context) const;
   // Tokens [begin, begin + length) of every row.
   void forward_chunk(const LanguageModelFwdArgs& args, int64_t begin, int64_t length,
@@ -115,8 +123,8 @@ class LanguageModel {
   Checkpoint checkpoint_;  // dense weights point into its memory
   DType dtype_ = DType::float32;
   uint64_t serial_;
-  int64_t num_parameters_ = 0;
   Allocator* allocator_ = nullptr;
+  std::map<std::string, TensorView> parameters_;
   std::vector<Buffer> buffers_;  // weights that had to be converted
   std::vector<Layer> layers_;
   TensorView embedding_;
