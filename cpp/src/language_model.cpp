@@ -5,7 +5,7 @@
 #include <numeric>
 
 #include "checks.h"
-#include "mixer.h"
+#include "language_model_parts.h"
 #include "scratch.h"
 #include "ssmcore/embedding.h"
 #include "ssmcore/error.h"
@@ -78,27 +78,6 @@ struct PackedChunk {
     return row;
   }
 };
-
-// residual += hidden; normed = norm(residual). Without hidden there is nothing to add.
-RmsNormFwdArgs add_and_norm(const TensorView& hidden, const TensorView& residual,
-                            const TensorView& weight, float eps, const TensorView& normed) {
-  RmsNormFwdArgs args;
-  args.weight = weight;
-  args.eps = eps;
-  args.out = normed;
-  args.x = hidden ? hidden : residual;
-  if (hidden) args.residual = args.residual_out = residual;
-  return args;
-}
-
-}  // namespace
-
-struct LanguageModel::Layer {
-  TensorView norm;
-  std::unique_ptr<Mixer> mixer;
-};
-
-namespace {
 
 // Of each model in the process: an address would come again.
 uint64_t next_serial() {
@@ -187,7 +166,8 @@ size_t LanguageModel::chunk_workspace_size(int64_t batch, int64_t length,
   PackedChunk(length, device, scratch);
   const Activations at(batch, length, config().d_model, dtype_, device, scratch);
   size_t largest = rms_norm_fwd_workspace_size(
-      add_and_norm(flat(at.hidden), flat(at.residual), norm_f_, config().norm_eps, flat(at.normed)),
+      add_and_norm(flat(at.hidden), flat(at.residual), flat(at.residual), norm_f_,
+                   config().norm_eps, flat(at.normed)),
       context);
 
   const auto add_mixers = [&](const TensorView& cu_seqlens, int64_t slots) {
@@ -309,8 +289,8 @@ void LanguageModel::forward_layers(const TensorView& token_ids, const ModelState
 
   TensorView hidden;  // of the layer before
   for (size_t i = 0; i < layers_.size(); ++i) {
-    rms_norm_fwd(add_and_norm(hidden, flat(at.residual), layers_[i].norm, config().norm_eps,
-                              flat(at.normed)),
+    rms_norm_fwd(add_and_norm(hidden, flat(at.residual), flat(at.residual), layers_[i].norm,
+                              config().norm_eps, flat(at.normed)),
                  exec);
     layers_[i].mixer->forward(
         {at.normed, at.hidden, state.tensors_[i].data(), state_indices, cu_seqlens}, exec);
@@ -320,7 +300,7 @@ void LanguageModel::forward_layers(const TensorView& token_ids, const ModelState
 
 void LanguageModel::final_norm(const TensorView& hidden, const TensorView& residual,
                                const TensorView& normed, const Exec& exec) const {
-  rms_norm_fwd(add_and_norm(hidden, residual, norm_f_, config().norm_eps, normed), exec);
+  rms_norm_fwd(add_and_norm(hidden, residual, residual, norm_f_, config().norm_eps, normed), exec);
 }
 
 void LanguageModel::all_logits(const TensorView& logits, const Activations& at,

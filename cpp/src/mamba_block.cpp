@@ -94,15 +94,11 @@ Plan::Plan(const Pass& pass, const Context& context, Scratch& scratch) {
 
   in_proj = {as_rows(pass.x), weights.in_proj, weights.in_proj_bias, as_rows(xz)};
 
-  conv.x = channels_first(x_before);
-  conv.weight = weights.conv_weight;
-  conv.bias = weights.conv_bias;
-  conv.activation = Activation::silu;
+  conv = mamba_block_conv(x_before, u, weights);
   conv.initial_state = pass.conv_state.before;
   conv.final_state = pass.conv_state.after;
   conv.state_indices = pass.state_indices;
   conv.cu_seqlens = pass.cu_seqlens;
-  conv.out = channels_first(u);
 
   x_proj = {as_rows(u), weights.x_proj, {}, as_rows(projected)};
   const DeltaBC before(projected, is), after(normed, is);

@@ -2,8 +2,6 @@
 
 #include <string>
 
-#include "ssmcore/causal_conv1d.h"
-
 namespace ssmcore {
 
 MambaBlockSizes::MambaBlockSizes(const Checks& check, const MambaBlockWeights* given,
@@ -63,6 +61,17 @@ void check_saved(const Checks& check, const MambaBlockSaved& saved, const MambaB
   const Dim chunks{"chunks", saved.chunk_states.shape[1]};  // which the scan checks
   (check.*input_or_output)(saved.chunk_states, "saved chunk_states",
                            {is.batch, chunks, is.dim, is.dstate}, {DType::float32});
+}
+
+CausalConv1dFwdArgs mamba_block_conv(const TensorView& x, const TensorView& u,
+                                     const MambaBlockWeights& weights) {
+  CausalConv1dFwdArgs conv;
+  conv.x = channels_first(x);
+  conv.weight = weights.conv_weight;
+  conv.bias = weights.conv_bias;
+  conv.activation = Activation::silu;
+  conv.out = channels_first(u);
+  return conv;
 }
 
 RmsNormFwdArgs mamba_block_norm(const TensorView& x, const TensorView& out, float eps) {

@@ -2,6 +2,8 @@
 #pragma once
 
 #include "checks.h"
+#include "ssmcore/causal_conv1d.h"
+#include "ssmcore/gradient.h"
 #include "ssmcore/mamba_block.h"
 #include "ssmcore/mamba_block_train.h"
 #include "ssmcore/rms_norm.h"
@@ -48,6 +50,10 @@ void check_contiguous(const Checks& check, const TensorView& tensor, const char*
 // Checks what is kept for the backward pass: `input` where it is read, `output` where written.
 void check_saved(const Checks& check, const MambaBlockSaved& saved, const MambaBlockSizes& sizes,
                  decltype(&Checks::input) input_or_output);
+
+// The convolution from in_proj's x half to u, both (batch, seqlen, dim), without states.
+CausalConv1dFwdArgs mamba_block_conv(const TensorView& x, const TensorView& u,
+                                     const MambaBlockWeights& weights);
 
 // The norm of Δ, B or C, (batch, seqlen, n), where the block has them.
 RmsNormFwdArgs mamba_block_norm(const TensorView& x, const TensorView& out, float eps);

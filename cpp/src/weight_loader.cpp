@@ -91,6 +91,12 @@ std::string transformers_name(const std::string& name) {
   return name;
 }
 
+Gradient gradient_of(const NamedGradients& gradients, const std::string& field, int64_t layer) {
+  for (const std::string& name : stored_names(field, layer))
+    if (const auto found = gradients.find(name); found != gradients.end()) return found->second;
+  return {};
+}
+
 TensorView WeightLoader::take(const std::string& field, int64_t layer,
                               std::initializer_list<int64_t> shape) {
   const std::vector<std::string> names = stored_names(field, layer);

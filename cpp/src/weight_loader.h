@@ -9,6 +9,7 @@
 
 #include "ssmcore/buffer.h"
 #include "ssmcore/checkpoint.h"
+#include "ssmcore/language_model.h"
 #include "ssmcore/weight.h"
 
 namespace ssmcore {
@@ -18,6 +19,9 @@ void to_float32(const char* from, DType dtype, int64_t count, float* to);
 
 // How transformers names what a checkpoint holds under `name`.
 std::string transformers_name(const std::string& name);
+
+// The gradient of a field, as WeightLoader knows it; empty where it is not wanted.
+Gradient gradient_of(const NamedGradients& gradients, const std::string& field, int64_t layer);
 
 // Takes tensors out of a checkpoint by the names of the model's fields, checks them, and converts
 // those that are not used as stored. Fields of a layer are named within it ("mixer.D").

@@ -9,6 +9,7 @@
 #include "ssmcore/buffer.h"
 #include "ssmcore/checkpoint.h"
 #include "ssmcore/context.h"
+#include "ssmcore/gradient.h"
 #include "ssmcore/model_config.h"
 #include "ssmcore/tensor.h"
 
@@ -63,6 +64,27 @@ struct LanguageModelFwdArgs {
                       // the last position of each row alone, none of them empty; or absent
 };
 
+// Gradients by the names of LanguageModel::parameters(), each a contiguous float32 tensor of its
+// parameter's shape. What is left out is not computed.
+using NamedGradients = std::map<std::string, Gradient>;
+
+struct LanguageModelTrainArgs {
+  TensorView token_ids;   // (batch, seqlen), int32 or int64: sequences from their start
+  TensorView targets;     // (batch, seqlen), int32 or int64: the token that each position should
+                          // predict, or kIgnoredTarget
+  TensorView cu_seqlens;  // optional (sequences + 1), int32: packed, as in LanguageModelFwdArgs
+  // What the sum of the positions' losses is divided by. 0: the number of targets that are not
+  // ignored; where a batch is done in parts that accumulate, their number in all parts.
+  int64_t num_targets = 0;
+  // Activation checkpointing: keeps only what enters each layer, and computes the layer again when
+  // its gradients are due.
+  bool recompute_layers = false;
+  TensorView loss;           // (1), float32, written
+  NamedGradients gradients;  // written, or added to
+};
+
+inline constexpr int64_t kIgnoredTarget = -100;
+
 struct LoadOptions {
   // Of the activations: float32, bfloat16 or float16. Weights stay as stored.
   DType dtype = DType::float32;
@@ -96,9 +118,16 @@ class LanguageModel {
   size_t workspace_size(int64_t batch, int64_t seqlen, const Context& context) const;
   void forward(const LanguageModelFwdArgs& args, const Exec& exec) const;
 
+  // One training step on the CPU: the mean cross entropy and its gradients. The logits of a few
+  // hundred positions exist at a time.
+  size_t loss_and_gradients_workspace_size(const LanguageModelTrainArgs& args,
+                                           const Context& context) const;
+  void loss_and_gradients(const LanguageModelTrainArgs& args, const Exec& exec) const;
+
  private:
   struct Layer;
   struct Activations;
+  class TrainingStep;
 
   // Everything below that comes from the checkpoint's tensors.
   void load();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ssmcore/context.h"
+#include "ssmcore/gradient.h"
 #include "ssmcore/mamba_block.h"
 #include "ssmcore/tensor.h"
 
@@ -40,5 +41,32 @@ size_t mamba_block_train_fwd_workspace_size(const MambaBlockTrainFwdArgs& args,
                                             const Context& context);
 
 void mamba_block_train_fwd(const MambaBlockTrainFwdArgs& args, const Exec& exec);
+
+// Each is optional and has its weight's shape; float32 or its weight's dtype. dA_log = dA · A.
+struct MambaBlockWeightGradients {
+  Gradient in_proj, in_proj_bias, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, out_proj,
+      out_proj_bias;
+};
+
+// The gradients of a loss by what mamba_block_train_fwd read, from those by what it wrote.
+struct MambaBlockBwdArgs {
+  // As the forward had and wrote them.
+  const MambaBlockWeights* weights = nullptr;
+  TensorView x, initial_conv_state, initial_ssm_state, cu_seqlens;
+  MambaBlockSaved saved;
+
+  TensorView dout;               // (batch, seqlen, d_model), x's dtype, contiguous
+  TensorView dfinal_conv_state;  // optional (rows, dim, width - 1), x's dtype; absent: zeros
+  TensorView dlast_ssm_state;    // optional (rows, dim, dstate), float32; absent: zeros
+
+  Gradient dx;                   // optional (batch, seqlen, d_model), x's dtype, contiguous
+  Gradient dinitial_conv_state;  // optional, only with initial_conv_state, its shape and dtype
+  Gradient dinitial_ssm_state;   // optional, only with initial_ssm_state, its shape and dtype
+  MambaBlockWeightGradients dweights;
+};
+
+size_t mamba_block_bwd_workspace_size(const MambaBlockBwdArgs& args, const Context& context);
+
+void mamba_block_bwd(const MambaBlockBwdArgs& args, const Exec& exec);
 
 }  // namespace ssmcore
