@@ -14,12 +14,20 @@
 
 // X(name, Params): `void name(const Params&, const Exec&)` and the workspace it needs,
 // `size_t name_workspace_size(const Params&, const Context&)`.
-#define SSMCORE_FOR_EACH_VECTOR_KERNEL(X)       \
+#define SSMCORE_FOR_EACH_FORWARD_KERNEL(X)      \
   X(selective_scan_fwd, SelectiveScanFwdParams) \
   X(causal_conv1d_fwd, CausalConv1dFwdParams)   \
   X(rms_norm_fwd, RmsNormFwdParams)             \
   X(linear, LinearParams)                       \
   X(embedding, EmbeddingParams)
+
+// What only the CPU has so far.
+#define SSMCORE_FOR_EACH_GRADIENT_KERNEL(X) X(selective_scan_bwd, SelectiveScanBwdParams)
+
+// Compiled once per instruction set on the CPU.
+#define SSMCORE_FOR_EACH_VECTOR_KERNEL(X) \
+  SSMCORE_FOR_EACH_FORWARD_KERNEL(X)      \
+  SSMCORE_FOR_EACH_GRADIENT_KERNEL(X)
 
 #define SSMCORE_FOR_EACH_KERNEL(X)  \
   SSMCORE_FOR_EACH_VECTOR_KERNEL(X) \
