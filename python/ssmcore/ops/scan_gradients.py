@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .. import _core
 from .._outputs import library_of
@@ -86,6 +86,7 @@ def selective_scan_bwd(
         cu_seqlens=cu_seqlens,
         chunk_states=chunk_states,
         chunk_size=chunk_size or 0,
+        accumulate=(),
         **gradients,
     )
     return SelectiveScanGradients(
