@@ -142,7 +142,7 @@ Pass inference(const MambaBlockFwdArgs& args) {
 
 Pass training(const MambaBlockTrainFwdArgs& args, const Context& context) {
   Pass pass;
-  pass.op = "mamba_block_train";
+  pass.op = "mamba_block_train_fwd";
   pass.weights = args.weights;
   pass.x = args.x;
   pass.out = args.out;

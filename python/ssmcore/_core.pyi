@@ -227,6 +227,13 @@ def mamba_block(
     dt_B_C_norm_eps: float,
     out: AnyArray,
 ) -> None: ...
+def mamba_block_train_fwd(*, on: Any, **arguments: Any) -> None:
+    """The weights of `mamba_block`, the states before and after, and what is saved."""
+
+def mamba_block_bwd(*, on: Any, **arguments: Any) -> None:
+    """The same, with "d" + name for the gradients."""
+
+MAMBA_BLOCK_CHUNK_SIZE: int
 
 class ModelConfig:
     """What a checkpoint's config.json says of a model."""

@@ -23,6 +23,12 @@ what came, for a shape, dtype, device or value that does not fit.
 from __future__ import annotations
 
 from .block import mamba_block
+from .block_gradients import (
+    MambaBlockGradients,
+    MambaBlockSaved,
+    mamba_block_bwd,
+    mamba_block_train_fwd,
+)
 from .convolution import causal_conv1d, causal_conv1d_update
 from .dense import embedding, linear, rms_norm
 from .sampling import sample
@@ -30,12 +36,16 @@ from .scan import selective_scan, selective_state_update
 from .scan_gradients import SelectiveScanGradients, selective_scan_bwd
 
 __all__ = [
+    "MambaBlockGradients",
+    "MambaBlockSaved",
     "SelectiveScanGradients",
     "causal_conv1d",
     "causal_conv1d_update",
     "embedding",
     "linear",
     "mamba_block",
+    "mamba_block_bwd",
+    "mamba_block_train_fwd",
     "rms_norm",
     "sample",
     "selective_scan",
