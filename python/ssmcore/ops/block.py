@@ -11,7 +11,7 @@ from ..errors import InvalidArgumentError
 from ._arguments import Array, require_array, require_rank
 
 # Parameters by their published names, and what `_core` calls them.
-REQUIRED = {
+NAMES = {
     "in_proj.weight": "in_proj",
     "conv1d.weight": "conv_weight",
     "x_proj.weight": "x_proj",
@@ -20,12 +20,11 @@ REQUIRED = {
     "A_log": "A",
     "D": "D",
     "out_proj.weight": "out_proj",
-}
-OPTIONAL = {
     "in_proj.bias": "in_proj_bias",
     "conv1d.bias": "conv_bias",
     "out_proj.bias": "out_proj_bias",
 }
+OPTIONAL = ("in_proj.bias", "conv1d.bias", "out_proj.bias")
 
 
 def mamba_block(
@@ -86,11 +85,11 @@ def block_parameters(
     op: str, weights: dict[str, Array], dt_B_C_norm_eps: float | None
 ) -> dict[str, Any]:
     """The weights of a block as `_core` takes them: depthwise taps (D, W), A instead of A_log."""
-    for name in REQUIRED:
-        if name not in weights:
+    for name in NAMES:
+        if name not in weights and name not in OPTIONAL:
             raise InvalidArgumentError(f"{op}: weights has no {name!r}")
     for name in weights:
-        if name not in REQUIRED and name not in OPTIONAL:
+        if name not in NAMES:
             raise InvalidArgumentError(f"{op}: weights has an unknown {name!r}")
     conv_weight, A_log = weights["conv1d.weight"], weights["A_log"]
     require_rank(conv_weight, f"{op}: conv1d.weight", 3, "(dim, 1, width)")
@@ -103,9 +102,8 @@ def block_parameters(
         raise InvalidArgumentError(
             f"{op}: dt_B_C_norm_eps is {dt_B_C_norm_eps!r}, expected more than 0, or None"
         )
-    parameters = {key: weights.get(name) for name, key in (REQUIRED | OPTIONAL).items()}
     return {
-        **parameters,
+        **{key: weights.get(name) for name, key in NAMES.items()},
         "conv_weight": conv_weight[:, 0, :],
         "A": library_of(A_log).decay(A_log),
         "dt_B_C_norm_eps": dt_B_C_norm_eps or 0.0,

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import _core
-from .._arrays import dtype_name
+from .._arrays import dtype_name, reshaped
 from .._outputs import Library, library_of
 from ..errors import InvalidArgumentError
 from ._arguments import Array, count_chunks, gradients_of, require_array, require_rank
-from .block import OPTIONAL, REQUIRED, block_parameters
+from .block import NAMES, block_parameters
 
 
 @dataclass(eq=False)
@@ -178,12 +178,11 @@ def mamba_block_bwd(
         "x": x,
         "initial_conv_state": initial_conv_state,
         "initial_ssm_state": initial_ssm_state,
-        **{name: weights.get(name) for name in REQUIRED | OPTIONAL},
+        **{name: weights.get(name) for name in NAMES},
+        "conv1d.weight": parameters["conv_weight"],
     }
     gradients = gradients_of(library, op, inputs, needs)
-    written = {f"d{key}": gradients[f"d{name}"] for name, key in (REQUIRED | OPTIONAL).items()}
-    if written["dconv_weight"] is not None:
-        written["dconv_weight"] = written["dconv_weight"][:, 0, :]
+    written = {f"d{key}": gradients[f"d{name}"] for name, key in NAMES.items()}
     _core.mamba_block_bwd(
         on=library.on(),
         dout=dout,
@@ -203,15 +202,16 @@ def mamba_block_bwd(
     if written["dA"] is not None:
         _chain_to_A_log(library, written["dA"], parameters["A"])
     given = {
-        name: None if gradient is None else library.hand_over(gradient)
-        for name, gradient in gradients.items()
+        name: None if gradients[f"d{name}"] is None else library.hand_over(gradients[f"d{name}"])
+        for name in inputs
     }
-    dweights = {name: given[f"d{name}"] for name in inputs if name in REQUIRED | OPTIONAL}
+    dweights = {name: given[name] for name in NAMES if given[name] is not None}
+    if "conv1d.weight" in dweights:
+        dweights["conv1d.weight"] = reshaped(
+            dweights["conv1d.weight"], *weights["conv1d.weight"].shape
+        )
     return MambaBlockGradients(
-        given["dx"],
-        {name: gradient for name, gradient in dweights.items() if gradient is not None},
-        given["dinitial_conv_state"],
-        given["dinitial_ssm_state"],
+        given["x"], dweights, given["initial_conv_state"], given["initial_ssm_state"]
     )
 
 
