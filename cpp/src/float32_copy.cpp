@@ -1,9 +1,8 @@
-// float32_copy: a checkpoint in memory that may be written.
+// float32_copy: what training starts from.
 #include <memory>
 
 #include "scratch.h"
 #include "ssmcore/buffer.h"
-#include "ssmcore/checkpoint.h"
 #include "ssmcore/error.h"
 #include "weight_loader.h"
 

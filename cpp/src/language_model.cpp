@@ -100,7 +100,10 @@ struct LanguageModel::Activations {
 
 LanguageModel::LanguageModel(const Checkpoint& checkpoint, const Context& context,
                              const LoadOptions& options)
-    : checkpoint_(checkpoint), dtype_(options.dtype), serial_(next_serial()) {
+    : checkpoint_(options.trainable ? float32_copy(checkpoint) : checkpoint),
+      dtype_(options.dtype),
+      trainable_(options.trainable),
+      serial_(next_serial()) {
   Checks("language_model", context.device())
       .require(std::find(kActivationTypes.begin(), kActivationTypes.end(), dtype_) !=
                    kActivationTypes.end(),

@@ -17,6 +17,9 @@ namespace ssmcore {
 // `count` contiguous elements, float32, bfloat16 or float16, at any alignment.
 void to_float32(const char* from, DType dtype, int64_t count, float* to);
 
+// A copy whose tensors are float32 and lie in memory of their own, which may be written.
+Checkpoint float32_copy(const Checkpoint& checkpoint);
+
 // How transformers names what a checkpoint holds under `name`.
 std::string transformers_name(const std::string& name);
 

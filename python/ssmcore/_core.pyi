@@ -318,13 +318,37 @@ class ModelState:
 class LanguageModel:
     """A model ready to run, never changed by it: threads may share it."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str = "float32") -> None: ...
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: str = "float32", trainable: bool = False
+    ) -> None:
+        """Trainable: with weights copied as float32, which may be written."""
     @property
     def config(self) -> ModelConfig: ...
     @property
     def dtype(self) -> str: ...
     @property
     def num_parameters(self) -> int: ...
+    @property
+    def trainable(self) -> bool: ...
+    def parameters(self) -> dict[str, np.ndarray]:
+        """Those of a trainable model, by their stored names, to be written."""
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]: ...
+    def refresh(self) -> None:
+        """Takes over what has been written to the parameters."""
+    def loss_and_gradients(
+        self,
+        token_ids: AnyArray,
+        targets: AnyArray,
+        cu_seqlens: AnyArray | None,
+        gradients: dict[str, np.ndarray],
+        accumulate: bool,
+        num_targets: int,
+        recompute_layers: bool,
+    ) -> float:
+        """The mean cross entropy; `gradients`, float32 by parameter name, are written or added to.
+
+        `num_targets`: what the sum of losses is divided by; 0: by those not ignored (-100).
+        """
     def new_state(self, num_slots: int = 1) -> ModelState: ...
     def forward(
         self,

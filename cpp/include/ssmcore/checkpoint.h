@@ -39,11 +39,6 @@ ModelConfig open_model_config(const std::string& folder);
 // each file. Throws as open_checkpoint does, also for a file name that leads out of the folder.
 std::map<std::string, std::vector<std::string>> open_shard_index(const std::string& path);
 
-// A copy whose tensors are float32 and lie in memory of its own, which may be written: what
-// training starts from. Throws Error(invalid_checkpoint) for a tensor that is not float32, bfloat16
-// or float16, and Error(out_of_memory).
-Checkpoint float32_copy(const Checkpoint& checkpoint);
-
 // Writes config.json, generation_config.json and model.safetensors, as transformers reads them,
 // into a folder that is made if need be. The tensors are written as stored, under transformers'
 // names, without rows that only pad the vocabulary and without a head that is tied. Each file

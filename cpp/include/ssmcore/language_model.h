@@ -86,8 +86,10 @@ struct LanguageModelTrainArgs {
 inline constexpr int64_t kIgnoredTarget = -100;
 
 struct LoadOptions {
-  // Of the activations: float32, bfloat16 or float16. Weights stay as stored.
+  // Of the activations: float32, bfloat16 or float16. Weights stay as stored,
   DType dtype = DType::float32;
+  // or are copied as float32 to memory of the model's own, where parameters() may be written.
+  bool trainable = false;
 };
 
 // Not changed by use, so threads may share it, each with its own state and workspace. The context
@@ -104,12 +106,15 @@ class LanguageModel {
   DType dtype() const { return dtype_; }
   int64_t num_parameters() const;
 
-  // What it was made from: the configuration and the tensors as stored.
+  // What it was made from: the configuration and the tensors as stored, or where it is trainable as
+  // they are now.
   const Checkpoint& checkpoint() const { return checkpoint_; }
+
   // The tensors of the checkpoint that it has learnt, by their stored names; a head that is tied to
-  // the embedding is none. They may be written where the checkpoint's memory may, as that of a
-  // float32_copy() may, while no call runs; the model follows with the next refresh().
+  // the embedding is none of them. Those of a trainable model may be written while no call runs;
+  // it follows with the next refresh().
   const std::map<std::string, TensorView>& parameters() const { return parameters_; }
+  bool trainable() const { return trainable_; }
   void refresh() { load(); }
 
   ModelState new_state(int64_t num_slots) const;
@@ -151,6 +156,7 @@ class LanguageModel {
 
   Checkpoint checkpoint_;  // dense weights point into its memory
   DType dtype_ = DType::float32;
+  bool trainable_ = false;
   uint64_t serial_;
   Allocator* allocator_ = nullptr;
   std::map<std::string, TensorView> parameters_;
