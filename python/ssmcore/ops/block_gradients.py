@@ -36,11 +36,11 @@ class MambaBlockSaved:
     delta: Array | None = None
     """(B, L, D): the result of dt_proj."""
 
-    def arrays(self) -> dict[str, Array | None]:
+    def arrays(self) -> dict[str, Any]:
         """The arrays by name; all None once they have been used."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def take(self, op: str) -> dict[str, Array | None]:
+    def take(self, op: str) -> dict[str, Any]:
         """The arrays by name, once."""
         arrays = self.arrays()
         if self.xz is None:
@@ -174,7 +174,7 @@ def mamba_block_bwd(
             f"{op}: saved is a {type(saved).__name__}, expected what mamba_block_train_fwd returned"
         )
     library = library_of(dout)
-    inputs = {
+    inputs: dict[str, Any] = {
         "x": x,
         "initial_conv_state": initial_conv_state,
         "initial_ssm_state": initial_ssm_state,
@@ -182,7 +182,7 @@ def mamba_block_bwd(
         "conv1d.weight": parameters["conv_weight"],
     }
     gradients = gradients_of(library, op, inputs, needs)
-    written = {f"d{key}": gradients[f"d{name}"] for name, key in NAMES.items()}
+    written: dict[str, Any] = {f"d{key}": gradients[f"d{name}"] for name, key in NAMES.items()}
     _core.mamba_block_bwd(
         on=library.on(),
         dout=dout,
