@@ -140,7 +140,7 @@ void LanguageModel::load() {
     layers_.push_back(std::move(layer));
   }
   loader.finish();
-  parameters_ = loader.taken();
+  if (parameters_.empty()) parameters_ = loader.taken();  // never others: pointers to them stay
 }
 
 int64_t LanguageModel::num_parameters() const {
