@@ -65,7 +65,7 @@ Plan::Plan(const Pass& pass, const Context& context, Scratch& scratch) {
   check_contiguous(check, pass.out, "out");
   const Dim steps{"width - 1", is.width.size - 1};
   for (const auto& [state, size, dtype] : {std::tuple{&pass.conv_state, steps, is.dtype},
-                                           std::tuple{&pass.ssm_state, is.dstate, DType::float32}})
+                                           std::tuple{&pass.ssm_state, is.dstate, is.parameter}})
     for (const auto& [tensor, name] :
          {std::pair{&state->before, state->before_name}, {&state->after, state->after_name}}) {
       if (!*tensor) continue;

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <string>
 #include <tuple>
 
 #include "checks.h"
@@ -52,57 +51,37 @@ struct Plan {
   }
 };
 
-void check_gradient(const Checks& check, const Gradient& gradient, const char* name,
-                    const Shape& shape, std::initializer_list<DType> dtypes) {
-  if (gradient.tensor) check.output(gradient.tensor, name, shape, dtypes);
-}
-
 void check_states(const Checks& check, const MambaBlockBwdArgs& args, const MambaBlockSizes& is) {
   const Dim rows{"rows", is.rows}, steps{"width - 1", is.width.size - 1};
   const Shape conv{rows, is.dim, steps}, ssm{rows, is.dim, is.dstate};
   check.optional(args.initial_conv_state, "initial_conv_state", conv, {is.dtype});
   check.optional(args.dfinal_conv_state, "dfinal_conv_state", conv, {is.dtype});
-  check_gradient(check, args.dinitial_conv_state, "dinitial_conv_state", conv, {is.dtype});
-  check.optional(args.initial_ssm_state, "initial_ssm_state", ssm, {DType::float32});
-  check.optional(args.dlast_ssm_state, "dlast_ssm_state", ssm, {DType::float32});
-  check_gradient(check, args.dinitial_ssm_state, "dinitial_ssm_state", ssm, {DType::float32});
-  check.require(!args.dinitial_conv_state.tensor || args.initial_conv_state, [] {
-    return std::string("dinitial_conv_state is asked for, but there is no initial_conv_state");
-  });
-  check.require(!args.dinitial_ssm_state.tensor || args.initial_ssm_state, [] {
-    return std::string("dinitial_ssm_state is asked for, but there is no initial_ssm_state");
-  });
+  check.gradient_of(args.initial_conv_state, args.dinitial_conv_state, "dinitial_conv_state", conv,
+                    {is.dtype});
+  check.optional(args.initial_ssm_state, "initial_ssm_state", ssm, {is.parameter});
+  check.optional(args.dlast_ssm_state, "dlast_ssm_state", ssm, {is.parameter});
+  check.gradient_of(args.initial_ssm_state, args.dinitial_ssm_state, "dinitial_ssm_state", ssm,
+                    {is.parameter});
 }
 
 void check_weight_gradients(const Checks& check, const MambaBlockWeights& weights,
-                            const MambaBlockWeightGradients& gradients) {
-  for (const auto& [gradient, name, weight] :
-       {std::tuple{&gradients.in_proj, "gradient of in_proj", &weights.in_proj.data},
-        {&gradients.in_proj_bias, "gradient of in_proj_bias", &weights.in_proj_bias},
-        {&gradients.conv_weight, "gradient of conv_weight", &weights.conv_weight},
-        {&gradients.conv_bias, "gradient of conv_bias", &weights.conv_bias},
-        {&gradients.x_proj, "gradient of x_proj", &weights.x_proj.data},
-        {&gradients.dt_proj, "gradient of dt_proj", &weights.dt_proj.data},
-        {&gradients.dt_bias, "gradient of dt_bias", &weights.dt_bias},
-        {&gradients.A, "gradient of A", &weights.A},
-        {&gradients.D, "gradient of D", &weights.D},
-        {&gradients.out_proj, "gradient of out_proj", &weights.out_proj.data},
-        {&gradients.out_proj_bias, "gradient of out_proj_bias", &weights.out_proj_bias}}) {
-    const TensorView& tensor = gradient->tensor;
-    if (!tensor) continue;
-    check.require(static_cast<bool>(*weight), [name = name] {
-      return std::string(name) + " is asked for, but the block has none";
-    });
-    check.require(tensor.rank == weight->rank &&
-                      std::equal(tensor.shape, tensor.shape + tensor.rank, weight->shape),
-                  [&, name = name, weight = weight] {
-                    return std::string(name) + " has shape " + tensor.shape_string() +
-                           ", expected " + weight->shape_string();
-                  });
-    Shape shape{{"rows", tensor.shape[0]}};
-    if (tensor.rank == 2) shape = shape + Shape{{"columns", tensor.shape[1]}};
-    check.output(tensor, name, shape, {weight->dtype, DType::float32});
-  }
+                            const MambaBlockWeightGradients& gradients, const MambaBlockSizes& is) {
+  const Shape dim{is.dim}, d_model{is.d_model}, two_dim{{"2 dim", 2 * is.dim.size}};
+  const auto of = [&](const TensorView& weight, const Gradient& gradient, const char* name,
+                      const Shape& shape) {
+    check.gradient_of(weight, gradient, name, shape, {weight.dtype, is.parameter});
+  };
+  of(weights.in_proj.data, gradients.in_proj, "din_proj", two_dim + d_model);
+  of(weights.in_proj_bias, gradients.in_proj_bias, "din_proj_bias", two_dim);
+  of(weights.conv_weight, gradients.conv_weight, "dconv_weight", dim + Shape{is.width});
+  of(weights.conv_bias, gradients.conv_bias, "dconv_bias", dim);
+  of(weights.x_proj.data, gradients.x_proj, "dx_proj", Shape{is.delta_B_C()} + dim);
+  of(weights.dt_proj.data, gradients.dt_proj, "ddt_proj", dim + Shape{is.dt_rank});
+  of(weights.dt_bias, gradients.dt_bias, "ddt_bias", dim);
+  of(weights.A, gradients.A, "dA", dim + Shape{is.dstate});
+  of(weights.D, gradients.D, "dD", dim);
+  of(weights.out_proj.data, gradients.out_proj, "dout_proj", d_model + dim);
+  of(weights.out_proj_bias, gradients.out_proj_bias, "dout_proj_bias", d_model);
 }
 
 Plan::Plan(const MambaBlockBwdArgs& args, const Context& context, Scratch& scratch) {
@@ -113,10 +92,10 @@ Plan::Plan(const MambaBlockBwdArgs& args, const Context& context, Scratch& scrat
   check_saved(check, args.saved, is, &Checks::input);
   check.input(args.dout, "dout", {is.batch, is.seqlen, is.d_model}, {is.dtype});
   check_contiguous(check, args.dout, "dout");
-  check_gradient(check, args.dx, "dx", {is.batch, is.seqlen, is.d_model}, {is.dtype});
+  check.gradient(args.dx, "dx", {is.batch, is.seqlen, is.d_model}, {is.dtype});
   if (args.dx.tensor) check_contiguous(check, args.dx.tensor, "dx");
   check_states(check, args, is);
-  check_weight_gradients(check, weights, gradients);
+  check_weight_gradients(check, weights, gradients, is);
 
   const int64_t dim = is.dim.size;
   const auto activation = [&](int64_t n) {

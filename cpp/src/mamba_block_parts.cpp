@@ -18,23 +18,25 @@ MambaBlockSizes::MambaBlockSizes(const Checks& check, const MambaBlockWeights* g
   dstate = {"dstate", weights.A.shape[1]};
   dt_rank = {"dt_rank", weights.dt_proj.cols()};
   dtype = x.dtype;
-  check.input(x, "x", {batch, seqlen, d_model}, kActivationTypes);
+  parameter = accumulator_of(dtype);
+  const auto projection_types = any_beside(dtype);
+  check.input(x, "x", {batch, seqlen, d_model}, activation_or_double(x.device));
   check_contiguous(check, x, "x");
   check.input(weights.in_proj.data, "in_proj", {{"2 dim", 2 * dim.size}, d_model},
-              kActivationTypes);
-  check.input(weights.x_proj.data, "x_proj", {delta_B_C(), dim}, kActivationTypes);
-  check.input(weights.dt_proj.data, "dt_proj", {dim, dt_rank}, kActivationTypes);
-  check.input(weights.out_proj.data, "out_proj", {d_model, dim}, kActivationTypes);
-  check.optional(weights.in_proj_bias, "in_proj_bias", {{"2 dim", 2 * dim.size}}, kActivationTypes);
-  check.optional(weights.out_proj_bias, "out_proj_bias", {d_model}, kActivationTypes);
-  check.input(weights.A, "A", {dim, dstate}, {DType::float32});
-  check.optional(weights.D, "D", {dim}, {DType::float32});
-  check.optional(weights.dt_bias, "dt_bias", {dim}, {DType::float32});
+              projection_types);
+  check.input(weights.x_proj.data, "x_proj", {delta_B_C(), dim}, projection_types);
+  check.input(weights.dt_proj.data, "dt_proj", {dim, dt_rank}, projection_types);
+  check.input(weights.out_proj.data, "out_proj", {d_model, dim}, projection_types);
+  check.optional(weights.in_proj_bias, "in_proj_bias", {{"2 dim", 2 * dim.size}}, projection_types);
+  check.optional(weights.out_proj_bias, "out_proj_bias", {d_model}, projection_types);
+  check.input(weights.A, "A", {dim, dstate}, {parameter});
+  check.optional(weights.D, "D", {dim}, {parameter});
+  check.optional(weights.dt_bias, "dt_bias", {dim}, {parameter});
   check.rank(weights.conv_weight, "conv_weight", 2, "(dim, width)");
   width = {"width", weights.conv_weight.shape[1]};
   check.range("conv_weight: width", width.size, kMinConvWidth, kMaxConvWidth);
-  check.input(weights.conv_weight, "conv_weight", {dim, width}, {dtype, DType::float32});
-  check.optional(weights.conv_bias, "conv_bias", {dim}, {dtype, DType::float32});
+  check.input(weights.conv_weight, "conv_weight", {dim, width}, {dtype, parameter});
+  check.optional(weights.conv_bias, "conv_bias", {dim}, {dtype, parameter});
   check.require(weights.dt_B_C_norm_eps >= 0, [&] {
     return "dt_B_C_norm_eps is " + std::to_string(weights.dt_B_C_norm_eps) +
            ", expected at least 0";
@@ -60,7 +62,7 @@ void check_saved(const Checks& check, const MambaBlockSaved& saved, const MambaB
   check.rank(saved.chunk_states, "saved chunk_states", 4, "(batch, chunks, dim, dstate)");
   const Dim chunks{"chunks", saved.chunk_states.shape[1]};  // which the scan checks
   (check.*input_or_output)(saved.chunk_states, "saved chunk_states",
-                           {is.batch, chunks, is.dim, is.dstate}, {DType::float32});
+                           {is.batch, chunks, is.dim, is.dstate}, {is.parameter});
 }
 
 CausalConv1dFwdArgs mamba_block_conv(const TensorView& x, const TensorView& u,

@@ -13,8 +13,9 @@ namespace ssmcore {
 // The sizes of one call, all read from x and the weights.
 struct MambaBlockSizes {
   Dim batch, seqlen, d_model, dim, dstate, dt_rank, width;
-  int64_t rows;  // that have a state each: packed sequences, or the batch
-  DType dtype;   // of the activations
+  int64_t rows;     // that have a state each: packed sequences, or the batch
+  DType dtype;      // of the activations
+  DType parameter;  // of A, D, dt_bias and the scan's states
 
   // Checks x, every weight and cu_seqlens.
   MambaBlockSizes(const Checks& check, const MambaBlockWeights* weights, const TensorView& x,

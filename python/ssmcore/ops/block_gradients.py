@@ -95,6 +95,7 @@ def mamba_block_train_fwd(
     batch, seqlen = x.shape[:2]
     (dim, dstate), dt_rank = weights["A_log"].shape, weights["dt_proj.weight"].shape[1]
     width = weights["conv1d.weight"].shape[2]
+    parameter = "float64" if dtype == "float64" else "float32"
     rows = batch
     if cu_seqlens is not None:
         require_rank(cu_seqlens, f"{op}: cu_seqlens", 1, "(sequences + 1,)")
@@ -108,7 +109,7 @@ def mamba_block_train_fwd(
         xz=activation(2 * dim),
         delta_B_C=activation(dt_rank + 2 * dstate),
         y=activation(dim),
-        chunk_states=library.empty((batch, chunks, dim, dstate), "float32"),
+        chunk_states=library.empty((batch, chunks, dim, dstate), parameter),
         u=activation(dim) if keep_all else None,
         delta=activation(dim) if keep_all else None,
     )
@@ -116,7 +117,7 @@ def mamba_block_train_fwd(
     states: dict[str, Array] = {}
     if return_states:
         states["final_conv_state"] = library.empty((rows, dim, width - 1), dtype)
-        states["last_ssm_state"] = library.empty((rows, dim, dstate), "float32")
+        states["last_ssm_state"] = library.empty((rows, dim, dstate), parameter)
     _core.mamba_block_train_fwd(
         on=library.on(),
         x=x,
