@@ -69,6 +69,12 @@ SSMCORE_INLINE Vec silu(Vec x) {
   return x / (1.0f + exp(-x));
 }
 
+// The derivative of SiLU.
+SSMCORE_INLINE Vec silu_slope(Vec x) {
+  const Vec sigmoid = 1.0f / (1.0f + exp(-x));
+  return sigmoid * (1.0f + x * (1.0f - sigmoid));
+}
+
 // The sine and cosine of an angle in turns. Polynomials cover a quarter turn to either side; what
 // is beyond is mirrored there.
 SSMCORE_INLINE void sincos_turns(Vec turns, Vec* sine, Vec* cosine) {
