@@ -49,6 +49,37 @@ void py_selective_scan(const py::kwargs& arguments) {
   call.run(selective_scan_fwd_workspace_size, selective_scan_fwd, args);
 }
 
+void py_selective_scan_bwd(const py::kwargs& arguments) {
+  Call call("selective_scan_bwd", arguments);
+  SelectiveScanBwdArgs args;
+  args.u = call.input("u");
+  args.delta = call.input("delta");
+  args.A = call.input("A");
+  args.B = call.input("B");
+  args.C = call.input("C");
+  args.D = call.input("D");
+  args.z = call.input("z");
+  args.delta_bias = call.input("delta_bias");
+  args.delta_softplus = call.value<bool>("delta_softplus");
+  args.cu_seqlens = call.input("cu_seqlens");
+  args.initial_state = call.input("initial_state");
+  args.state_indices = call.input("state_indices");
+  args.chunk_states = call.input("chunk_states");
+  args.chunk_size = call.value<int64_t>("chunk_size");
+  args.dout = call.input("dout");
+  args.dlast_state = call.input("dlast_state");
+  args.du = call.gradient("du");
+  args.ddelta = call.gradient("ddelta");
+  args.dA = call.gradient("dA");
+  args.dB = call.gradient("dB");
+  args.dC = call.gradient("dC");
+  args.dD = call.gradient("dD");
+  args.dz = call.gradient("dz");
+  args.ddelta_bias = call.gradient("ddelta_bias");
+  args.dinitial_state = call.gradient("dinitial_state");
+  call.run(selective_scan_bwd_workspace_size, selective_scan_bwd, args);
+}
+
 void py_selective_state_update(const py::kwargs& arguments) {
   Call call("selective_state_update", arguments);
   SelectiveStateUpdateArgs args;
@@ -176,6 +207,7 @@ void py_mamba_block(const py::kwargs& arguments) {
 
 void bind_ops(py::module_& module) {
   module.def("selective_scan", &py_selective_scan);
+  module.def("selective_scan_bwd", &py_selective_scan_bwd);
   module.def("selective_state_update", &py_selective_state_update);
   module.def("causal_conv1d", &py_causal_conv1d);
   module.def("causal_conv1d_update", &py_causal_conv1d_update);

@@ -8,6 +8,7 @@ namespace ssmcore::cpu::SSMCORE_CPU_NAMESPACE {
 
 inline constexpr float kLog2e = 1.44269504088896341f;
 inline constexpr float kLn2 = 0.693147180559945309f;
+inline constexpr float kTurnsPerRadian = 0.159154943091895336f;
 
 // 2^x. Exactly 1 at 0, so that a state under Δ = 0 stays as it is.
 SSMCORE_INLINE Vec exp2(Vec x) {
@@ -63,6 +64,10 @@ SSMCORE_INLINE Vec softplus(Vec x) {
   const Vec added = sum - 1.0f;
   const Vec log_sum = select(added == 0.0f, e, log(sum) * (e / added));
   return select(x > 20.0f, x, log_sum);
+}
+
+SSMCORE_INLINE Vec sigmoid(Vec x) {
+  return 1.0f / (1.0f + exp(-x));
 }
 
 SSMCORE_INLINE Vec silu(Vec x) {

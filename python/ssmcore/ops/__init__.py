@@ -27,8 +27,10 @@ from .convolution import causal_conv1d, causal_conv1d_update
 from .dense import embedding, linear, rms_norm
 from .sampling import sample
 from .scan import selective_scan, selective_state_update
+from .scan_gradients import SelectiveScanGradients, selective_scan_bwd
 
 __all__ = [
+    "SelectiveScanGradients",
     "causal_conv1d",
     "causal_conv1d_update",
     "embedding",
@@ -37,5 +39,6 @@ __all__ = [
     "rms_norm",
     "sample",
     "selective_scan",
+    "selective_scan_bwd",
     "selective_state_update",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,27 @@ def empty_like(library: Library, array: Array) -> Array:
         batch, dim, seqlen = array.shape
         return library.empty((batch, seqlen, dim), dtype_name(array)).swapaxes(1, 2)
     return library.empty(array.shape, dtype_name(array))
+
+
+def gradients_of(
+    library: Library,
+    operator: str,
+    inputs: Mapping[str, Array | None],
+    needs: Collection[str] | None,
+) -> dict[str, Array | None]:
+    """Memory for the gradients of an operator's inputs, "d" + name; None for what is not needed."""
+    unknown = set(needs or ()) - set(inputs)
+    if unknown:
+        raise InvalidArgumentError(
+            f"{operator}: needs holds {min(unknown)!r}, expected some of {', '.join(inputs)}"
+        )
+    gradients: dict[str, Array | None] = {}
+    for name, array in inputs.items():
+        wanted = array is not None and (needs is None or name in needs)
+        if wanted:
+            require_array(array, f"{operator}: {name}")
+        gradients[f"d{name}"] = empty_like(library, array) if wanted else None
+    return gradients
 
 
 def rows(array: Array) -> Array:
