@@ -76,8 +76,8 @@ SSMCORE_INLINE Vec silu(Vec x) {
 
 // The derivative of SiLU.
 SSMCORE_INLINE Vec silu_slope(Vec x) {
-  const Vec sigmoid = 1.0f / (1.0f + exp(-x));
-  return sigmoid * (1.0f + x * (1.0f - sigmoid));
+  const Vec s = sigmoid(x);
+  return s * (1.0f + x * (1.0f - s));
 }
 
 // The sine and cosine of an angle in turns. Polynomials cover a quarter turn to either side; what

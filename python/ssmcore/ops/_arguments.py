@@ -59,6 +59,14 @@ def gradients_of(
     return gradients
 
 
+def handed_over(library: Library, gradients: Mapping[str, Array | None]) -> dict[str, Array | None]:
+    """What `gradients_of` made, once it is written, for the caller."""
+    return {
+        name: None if gradient is None else library.hand_over(gradient)
+        for name, gradient in gradients.items()
+    }
+
+
 def rows(array: Array) -> Array:
     """(..., n) as (rows, n)."""
     return array if len(array.shape) == 2 else reshaped(array, -1, array.shape[-1])
