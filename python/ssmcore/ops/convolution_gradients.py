@@ -61,6 +61,7 @@ def causal_conv1d_bwd(
         cu_seqlens=cu_seqlens,
         seq_idx=seq_idx,
         dfinal_state=dfinal_state,
+        accumulate=(),
         **gradients,
     )
     return CausalConv1dGradients(**handed_over(library, gradients))

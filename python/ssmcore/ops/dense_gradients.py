@@ -73,7 +73,7 @@ def rms_norm_bwd(
             _require_shape_of_x(array, f"rms_norm_bwd: {name}", x)
     library = library_of(dout)
     inputs = {"x": x, "weight": weight, "residual": residual, "z": z}
-    gradients = gradients_of(library, "rms_norm_bwd", inputs, needs)
+    gradients = gradients_of(library, "rms_norm_bwd", inputs, needs, contiguous=True)
 
     def as_rows(array: Array | None) -> Array | None:
         return None if array is None else rows(array)
@@ -142,7 +142,8 @@ def linear_bwd(
             f"linear_bwd: dout has shape {tuple(dout.shape)}, expected {expected}"
         )
     library = library_of(dout)
-    gradients = gradients_of(library, "linear_bwd", {"x": x, "weight": weight, "bias": bias}, needs)
+    inputs = {"x": x, "weight": weight, "bias": bias}
+    gradients = gradients_of(library, "linear_bwd", inputs, needs, contiguous=True)
     _core.linear_bwd(
         on=library.on(),
         dout=rows(dout),
