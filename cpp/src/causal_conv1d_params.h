@@ -24,7 +24,7 @@ struct CausalConv1dFwdParams {
 };
 
 struct CausalConv1dBwdParams {
-  CausalConv1dFwdParams fwd;  // the inputs; out and final_state are null
+  CausalConv1dFwdParams fwd;  // the inputs; out, final_state and cache_seqlens are null
 
   Strided<3> dout;                    // (batch, dim, seqlen)
   Strided<3> dfinal_state;            // (slots, dim, state_len)

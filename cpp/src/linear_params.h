@@ -17,7 +17,7 @@ struct LinearParams {
 };
 
 struct LinearBwdParams {
-  DType dtype, weight_dtype, dout_dtype;
+  DType x_dtype, weight_dtype, dout_dtype;
   int64_t rows, in_features, out_features;
 
   Strided<2> x;                // (rows, in_features); with dweight

@@ -176,7 +176,9 @@ def test_agrees_with_double(case: BlockCase, norms: dict[str, float]) -> None:
         array = inputs[name] if name in inputs else inputs["weights"][name]
         assert gradient.dtype == array.dtype and gradient.shape == array.shape
         error = relative_error(gradient, expected[name])
-        assert error <= max(TOLERANCE[case.dtype], TOLERANCE[gradient.dtype.name]), f"{name}: error {error:.3g}"
+        assert error <= max(TOLERANCE[case.dtype], TOLERANCE[gradient.dtype.name]), (
+            f"{name}: error {error:.3g}"
+        )
 
 
 def test_double_agrees_with_reference() -> None:

@@ -55,8 +55,8 @@ struct CausalConv1dBwdArgs {
   TensorView dfinal_state;  // optional (slots, dim, state_len), x's dtype
 
   // Each is optional, in its input's dtype or float32, and overlaps no input and no other gradient.
-  // dbias and dinitial_state only where there is an input. Slots that state_indices does not name
-  // are left as they are.
+  // dbias only with bias; dinitial_state also where the forward started from zeros. Slots that
+  // state_indices does not name are left as they are.
   Gradient dx;              // (batch, dim, seqlen)
   Gradient dweight;         // (dim, width)
   Gradient dbias;           // (dim)
