@@ -1,7 +1,7 @@
 // Training a language model: the loss and its gradients.
 #include <algorithm>
-#include <cstring>
 #include <string>
+#include <vector>
 
 #include "checks.h"
 #include "language_model_parts.h"
@@ -31,11 +31,19 @@ TensorView flat(const TensorView& tensor) {
 }
 
 // (batch, seqlen) integers of any strides, one after another.
-void copy_integers(const TensorView& from, const TensorView& to) {
-  int64_t* next = to.as<int64_t>();
-  for (int64_t b = 0; b < from.shape[0]; ++b)
-    for (int64_t t = 0; t < from.shape[1]; ++t)
-      *next++ = integer_at(from.data, from.dtype, b * from.strides[0] + t * from.strides[1]);
+std::vector<int64_t> flat_integers(const TensorView& tensor) {
+  std::vector<int64_t> integers;
+  integers.reserve(static_cast<size_t>(tensor.numel()));
+  for (int64_t b = 0; b < tensor.shape[0]; ++b)
+    for (int64_t t = 0; t < tensor.shape[1]; ++t)
+      integers.push_back(
+          integer_at(tensor.data, tensor.dtype, b * tensor.strides[0] + t * tensor.strides[1]));
+  return integers;
+}
+
+TensorView view_of(const std::vector<int64_t>& integers) {
+  return TensorView(const_cast<int64_t*>(integers.data()), DType::int64,
+                    {static_cast<int64_t>(integers.size())});
 }
 
 }  // namespace
@@ -47,7 +55,7 @@ class LanguageModel::TrainingStep {
                const Context& context, Scratch& scratch);
 
   size_t largest_workspace(const Context& context) const;
-  void run(const Exec& exec);
+  void run(const Exec& exec) const;
 
  private:
   // Positions [begin, begin + length) of the head, in the order in which they run.
@@ -59,7 +67,8 @@ class LanguageModel::TrainingStep {
   };
 
   void check(const Checks& check) const;
-  int64_t count_targets(const Checks& check) const;
+  // What the sum of losses is divided by.
+  int64_t num_targets(const Checks& check) const;
 
   float eps() const { return model_.config().norm_eps; }
   size_t num_layers() const { return model_.layers_.size(); }
@@ -80,13 +89,13 @@ class LanguageModel::TrainingStep {
   EmbeddingBwdArgs embedding_bwd() const;
 
   void forward(const Exec& exec) const;
-  void loss(const Exec& exec);
+  void loss(const Exec& exec) const;
   void backward(const Exec& exec) const;
 
   const LanguageModel& model_;
   const LanguageModelTrainArgs& args_;
   int64_t tokens_, d_model_;
-  TensorView token_ids_, targets_;     // (tokens), int64
+  std::vector<int64_t> token_ids_, targets_;
   std::vector<TensorView> residuals_;  // what enters each norm: (tokens, d_model), float32
   std::vector<void*> saved_;     // of each layer's mixer; layers that are computed again share one
   TensorView normed_, dnormed_;  // (batch, seqlen, d_model)
@@ -103,11 +112,12 @@ LanguageModel::TrainingStep::TrainingStep(const LanguageModel& model,
   if (context.device().type != DeviceType::cpu)
     throw Error(ErrorCode::unsupported, std::string(kOp) + ": runs on the CPU only");
   check(Checks(kOp, context.device()));
+  token_ids_ = flat_integers(args.token_ids);
+  targets_ = flat_integers(args.targets);
+  dloss_ = 1 / static_cast<float>(num_targets(Checks(kOp, context.device())));
   const Device device = context.device();
   const int64_t batch = args.token_ids.shape[0], seqlen = args.token_ids.shape[1];
   tokens_ = batch * seqlen;
-  token_ids_ = scratch.tensor(DType::int64, {tokens_}, device);
-  targets_ = scratch.tensor(DType::int64, {tokens_}, device);
   const auto stream = [&] { return scratch.tensor(DType::float32, {tokens_, d_model_}, device); };
   const auto activation = [&] {
     return scratch.tensor(model.dtype(), {batch, seqlen, d_model_}, device);
@@ -135,6 +145,7 @@ void LanguageModel::TrainingStep::check(const Checks& check) const {
   check.rank(args_.token_ids, "token_ids", 2, "(batch, seqlen)");
   const Dim batch{"batch", args_.token_ids.shape[0]}, seqlen{"seqlen", args_.token_ids.shape[1]};
   check.input(args_.token_ids, "token_ids", {batch, seqlen}, {DType::int32, DType::int64});
+  check.token_ids(args_.token_ids, model_.config().vocab_size);
   check.input(args_.targets, "targets", {batch, seqlen}, {DType::int32, DType::int64});
   if (args_.cu_seqlens) check.cu_seqlens(args_.cu_seqlens, batch.size, seqlen.size);
   check.require(args_.num_targets >= 0, [&] {
@@ -161,11 +172,11 @@ void LanguageModel::TrainingStep::check(const Checks& check) const {
   }
 }
 
-int64_t LanguageModel::TrainingStep::count_targets(const Checks& check) const {
+int64_t LanguageModel::TrainingStep::num_targets(const Checks& check) const {
   const int64_t vocab_size = model_.config().vocab_size;
   int64_t count = 0;
-  for (int64_t i = 0; i < tokens_; ++i) {
-    const int64_t target = targets_.as<const int64_t>()[i];
+  for (size_t i = 0; i < targets_.size(); ++i) {
+    const int64_t target = targets_[i];
     if (target == kIgnoredTarget) continue;
     check.require(target >= 0 && target < vocab_size, [&] {
       return "targets holds " + std::to_string(target) + " at position " + std::to_string(i) +
@@ -174,6 +185,8 @@ int64_t LanguageModel::TrainingStep::count_targets(const Checks& check) const {
     });
     ++count;
   }
+  if (args_.num_targets > 0) return args_.num_targets;
+  check.require(count > 0, [] { return std::string("targets holds nothing that is not ignored"); });
   return count;
 }
 
@@ -210,16 +223,17 @@ Gradient LanguageModel::TrainingStep::head_gradient() const {
 LanguageModel::TrainingStep::Head LanguageModel::TrainingStep::head(int64_t begin,
                                                                     int64_t length) const {
   const auto part = [&](const TensorView& all) { return all.slice(0, begin, length); };
+  const TensorView targets = view_of(targets_);
   const TensorView logits = logits_.slice(0, 0, length), lse = lse_.slice(0, 0, length);
   Head head;
   head.logits = {part(flat(normed_)), model_.head_, {}, logits};
   head.loss.logits = logits;
-  head.loss.targets = part(targets_);
+  head.loss.targets = part(targets);
   head.loss.ignore_index = kIgnoredTarget;
   head.loss.loss = position_loss_.slice(0, 0, length);
   head.loss.lse = lse;
   head.loss_bwd.logits = logits;
-  head.loss_bwd.targets = part(targets_);
+  head.loss_bwd.targets = part(targets);
   head.loss_bwd.ignore_index = kIgnoredTarget;
   head.loss_bwd.lse = lse;
   head.loss_bwd.dloss = TensorView(const_cast<float*>(&dloss_), DType::float32, {length}, {0});
@@ -239,7 +253,7 @@ LanguageModel::TrainingStep::Head LanguageModel::TrainingStep::head(int64_t begi
 // A gradient that is shared with the head has that part already.
 EmbeddingBwdArgs LanguageModel::TrainingStep::embedding_bwd() const {
   EmbeddingBwdArgs args;
-  args.token_ids = token_ids_;
+  args.token_ids = view_of(token_ids_);
   args.dout = dresidual_;
   args.dweight = gradient_of(args_.gradients, "embedding", kNoLayer);
   if (model_.config().tie_embeddings) args.dweight.accumulate = true;
@@ -268,22 +282,14 @@ size_t LanguageModel::TrainingStep::largest_workspace(const Context& context) co
   return largest;
 }
 
-void LanguageModel::TrainingStep::run(const Exec& exec) {
-  const Checks check(kOp, exec.context.device());
-  check.token_ids(args_.token_ids, model_.config().vocab_size);
-  copy_integers(args_.token_ids, token_ids_);
-  copy_integers(args_.targets, targets_);
-  const int64_t count = count_targets(check);
-  check.require(count > 0 || args_.num_targets > 0,
-                [] { return std::string("targets holds nothing that is not ignored"); });
-  dloss_ = 1 / static_cast<float>(args_.num_targets > 0 ? args_.num_targets : count);
+void LanguageModel::TrainingStep::run(const Exec& exec) const {
   forward(exec);
   loss(exec);
   backward(exec);
 }
 
 void LanguageModel::TrainingStep::forward(const Exec& exec) const {
-  embedding({token_ids_, model_.embedding_, residuals_[0]}, exec);
+  embedding({view_of(token_ids_), model_.embedding_, residuals_[0]}, exec);
   for (size_t i = 0; i < num_layers(); ++i) {
     rms_norm_fwd(norm(i), exec);
     model_.layers_[i].mixer->train_forward(mixer(i), hidden_, exec);
@@ -291,7 +297,7 @@ void LanguageModel::TrainingStep::forward(const Exec& exec) const {
   rms_norm_fwd(norm(num_layers()), exec);
 }
 
-void LanguageModel::TrainingStep::loss(const Exec& exec) {
+void LanguageModel::TrainingStep::loss(const Exec& exec) const {
   if (const Gradient dweight = head_gradient(); dweight.tensor && !dweight.accumulate) {
     // Rows that only pad the vocabulary.
     const int64_t used = model_.config().vocab_size * d_model_;
@@ -333,7 +339,7 @@ size_t LanguageModel::loss_and_gradients_workspace_size(const LanguageModelTrain
 void LanguageModel::loss_and_gradients(const LanguageModelTrainArgs& args, const Exec& exec) const {
   // Placing operands touches no memory, so the step that runs can also tell whether there is room.
   Scratch scratch = exec.workspace ? Scratch(exec.workspace) : Scratch::nowhere();
-  TrainingStep step(*this, args, exec.context, scratch);
+  const TrainingStep step(*this, args, exec.context, scratch);
   Checks(kOp, exec.context.device())
       .workspace(exec, scratch.used() + step.largest_workspace(exec.context));
   step.run(scratch.rest(exec));

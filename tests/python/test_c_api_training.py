@@ -93,12 +93,10 @@ def test_loss_and_gradients(
         recompute_layers=recompute_layers,
         **named(gradients),
     )
-    assert loss[0] == np.float32(expected_loss)
+    assert loss[0] == pytest.approx(expected_loss, rel=1e-6)
     for name, (array, accumulate) in gradients.items():
-        if accumulate:
-            assert_close(array, expected[name] + np.float32(1), "float32", rounded=True)
-        else:
-            assert_same_bits(array, expected[name])
+        before = np.float32(1 if accumulate else 0)
+        assert_close(array, expected[name] + before, "float32", rounded=True)
 
 
 def test_packed(model: ctypes.c_void_p, step: dict[str, np.ndarray]) -> None:

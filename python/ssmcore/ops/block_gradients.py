@@ -12,7 +12,7 @@ from .. import _core
 from .._arrays import dtype_name, reshaped
 from .._outputs import Library, library_of
 from ..errors import InvalidArgumentError
-from ._arguments import Array, count_chunks, gradients_of, require_array, require_rank
+from ._arguments import Array, count_chunks, gradients_of, handed_over, require_array, require_rank
 from .block import NAMES, block_parameters
 
 
@@ -202,17 +202,14 @@ def mamba_block_bwd(
     )
     if written["dA"] is not None:
         _chain_to_A_log(library, written["dA"], parameters["A"])
-    given = {
-        name: None if gradients[f"d{name}"] is None else library.hand_over(gradients[f"d{name}"])
-        for name in inputs
-    }
-    dweights = {name: given[name] for name in NAMES if given[name] is not None}
+    given = handed_over(library, gradients)
+    dweights = {name: given[f"d{name}"] for name in NAMES if given[f"d{name}"] is not None}
     if "conv1d.weight" in dweights:
         dweights["conv1d.weight"] = reshaped(
             dweights["conv1d.weight"], *weights["conv1d.weight"].shape
         )
     return MambaBlockGradients(
-        given["x"], dweights, given["initial_conv_state"], given["initial_ssm_state"]
+        given["dx"], dweights, given["dinitial_conv_state"], given["dinitial_ssm_state"]
     )
 
 
