@@ -109,6 +109,15 @@ def tensor(array: np.ndarray) -> ctypes.Structure:
     return made
 
 
+def gradient(array: np.ndarray, *, accumulate: bool = False) -> ctypes.Structure:
+    """An ssmcore_gradient that goes to `array`."""
+    made = STRUCTS["ssmcore_gradient"]()
+    made.to = tensor(array)
+    made.tensor = ctypes.pointer(made.to)
+    made.accumulate = accumulate
+    return made
+
+
 def struct(name: str, **fields: Any) -> ctypes.Structure:
     """The struct ssmcore_`name`; arrays become tensors, and None leaves a field at 0."""
     made = STRUCTS[f"ssmcore_{name}"]()
@@ -120,7 +129,8 @@ def struct(name: str, **fields: Any) -> ctypes.Structure:
             value = tensor(value)
         if isinstance(value, ctypes.Structure):
             made.kept.append(value)
-            value = ctypes.pointer(value)
+            if not isinstance(value, STRUCTS["ssmcore_gradient"]):
+                value = ctypes.pointer(value)
         if value is not None:
             setattr(made, field, value)
     return made
