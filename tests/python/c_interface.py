@@ -142,6 +142,20 @@ def call(name: str, handle: ctypes.c_void_p, **fields: Any) -> None:
     check(LIBRARY[f"ssmcore_{name}"](handle, ctypes.byref(args), None, ctypes.c_size_t(0), None))
 
 
+def call_in_poison(name: str, handle: ctypes.c_void_p, **fields: Any) -> None:
+    """The same in a workspace of NaN, of exactly the size that is asked for."""
+    args = struct(f"{name}_args", **fields)
+    needed = ctypes.c_size_t()
+    query = LIBRARY[f"ssmcore_{name}_workspace_size"]
+    check(query(handle, ctypes.byref(args), ctypes.byref(needed)))
+    memory = np.full(needed.value // 4 + 32, np.nan, np.float32)
+    begin = -memory.ctypes.data % 64 // 4
+    end = begin + needed.value // 4
+    workspace = ctypes.c_void_p(memory[begin:].ctypes.data)
+    check(LIBRARY[f"ssmcore_{name}"](handle, ctypes.byref(args), workspace, needed, None))
+    assert np.isnan(memory[:begin]).all() and np.isnan(memory[end:]).all()
+
+
 def create(name: str, *arguments: Any) -> ctypes.c_void_p:
     """The handle that ssmcore_`name` makes, its last argument."""
     handle = ctypes.c_void_p()
