@@ -5,6 +5,7 @@
 
 #include "causal_conv1d_params.h"
 #include "checks.h"
+#include "cross_entropy_params.h"
 #include "embedding_params.h"
 #include "linear_params.h"
 #include "rms_norm_params.h"
@@ -22,7 +23,14 @@
   X(embedding, EmbeddingParams)
 
 // What only the CPU has so far.
-#define SSMCORE_FOR_EACH_GRADIENT_KERNEL(X) X(selective_scan_bwd, SelectiveScanBwdParams)
+#define SSMCORE_FOR_EACH_GRADIENT_KERNEL(X)     \
+  X(selective_scan_bwd, SelectiveScanBwdParams) \
+  X(causal_conv1d_bwd, CausalConv1dBwdParams)   \
+  X(rms_norm_bwd, RmsNormBwdParams)             \
+  X(linear_bwd, LinearBwdParams)                \
+  X(embedding_bwd, EmbeddingBwdParams)          \
+  X(cross_entropy_fwd, CrossEntropyFwdParams)   \
+  X(cross_entropy_bwd, CrossEntropyBwdParams)
 
 // Compiled once per instruction set on the CPU.
 #define SSMCORE_FOR_EACH_VECTOR_KERNEL(X) \

@@ -24,11 +24,14 @@ struct Strided {
 // The same for a gradient.
 template <int Rank>
 struct StridedGradient : Strided<Rank> {
+  DType dtype = DType::float32;
   bool accumulate = false;
 
   StridedGradient() = default;
   explicit StridedGradient(const Gradient& gradient)
-      : Strided<Rank>(gradient.tensor), accumulate(gradient.accumulate) {}
+      : Strided<Rank>(gradient.tensor),
+        dtype(gradient.tensor.dtype),
+        accumulate(gradient.accumulate) {}
 };
 
 // ⌈n / d⌉ for n ≥ 0 and d > 0, whatever their size.

@@ -74,6 +74,12 @@ SSMCORE_INLINE Vec silu(Vec x) {
   return x / (1.0f + exp(-x));
 }
 
+// The derivative of SiLU.
+SSMCORE_INLINE Vec silu_slope(Vec x) {
+  const Vec s = sigmoid(x);
+  return s * (1.0f + x * (1.0f - s));
+}
+
 // The sine and cosine of an angle in turns. Polynomials cover a quarter turn to either side; what
 // is beyond is mirrored there.
 SSMCORE_INLINE void sincos_turns(Vec turns, Vec* sine, Vec* cosine) {

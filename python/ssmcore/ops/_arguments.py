@@ -43,8 +43,13 @@ def gradients_of(
     operator: str,
     inputs: Mapping[str, Array | None],
     needs: Collection[str] | None,
+    *,
+    contiguous: bool = False,
 ) -> dict[str, Array | None]:
-    """Memory for the gradients of an operator's inputs, "d" + name; None for what is not needed."""
+    """Memory for the gradients of an operator's inputs, "d" + name; None for what is not needed.
+
+    It lies as the inputs do, or is contiguous.
+    """
     unknown = set(needs or ()) - set(inputs)
     if unknown:
         raise InvalidArgumentError(
@@ -52,11 +57,23 @@ def gradients_of(
         )
     gradients: dict[str, Array | None] = {}
     for name, array in inputs.items():
-        wanted = array is not None and (needs is None or name in needs)
-        if wanted:
-            require_array(array, f"{operator}: {name}")
-        gradients[f"d{name}"] = empty_like(library, array) if wanted else None
+        gradients[f"d{name}"] = None
+        if array is None or (needs is not None and name not in needs):
+            continue
+        require_array(array, f"{operator}: {name}")
+        if contiguous:
+            gradients[f"d{name}"] = library.empty(array.shape, dtype_name(array))
+        else:
+            gradients[f"d{name}"] = empty_like(library, array)
     return gradients
+
+
+def handed_over(library: Library, gradients: Mapping[str, Array | None]) -> dict[str, Array | None]:
+    """What `gradients_of` made, once it is written, for the caller."""
+    return {
+        name: None if gradient is None else library.hand_over(gradient)
+        for name, gradient in gradients.items()
+    }
 
 
 def rows(array: Array) -> Array:

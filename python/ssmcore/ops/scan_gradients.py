@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from .. import _core
 from .._outputs import library_of
-from ._arguments import Array, gradients_of, require_array, require_size
+from ._arguments import Array, gradients_of, handed_over, require_array, require_size
 
 
 class SelectiveScanGradients(NamedTuple):
@@ -89,9 +89,4 @@ def selective_scan_bwd(
         accumulate=(),
         **gradients,
     )
-    return SelectiveScanGradients(
-        **{
-            name: None if gradient is None else library.hand_over(gradient)
-            for name, gradient in gradients.items()
-        }
-    )
+    return SelectiveScanGradients(**handed_over(library, gradients))
