@@ -34,9 +34,10 @@ class Backend:
         """
         results = operator(**{name: self._moved(value) for name, value in arguments.items()})
         # What a kernel has found wrong is raised here, as elsewhere what the host has.
-        ssmcore.synchronize(results[0] if isinstance(results, tuple) else results)
-        if isinstance(results, tuple):
-            return tuple(self.to_numpy(result) for result in results)
+        several = isinstance(results, tuple)
+        ssmcore.synchronize(next(r for r in results if r is not None) if several else results)
+        if several:
+            return tuple(None if r is None else self.to_numpy(r) for r in results)
         return self.to_numpy(results)
 
     def _moved(self, value: Any) -> Any:

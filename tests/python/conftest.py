@@ -27,6 +27,12 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return BACKENDS[request.param]
 
 
+@pytest.fixture(scope="session", params=["cpu"])
+def gradient_backend(request: pytest.FixtureRequest) -> Backend:
+    """Those that have gradients."""
+    return BACKENDS[request.param]
+
+
 @pytest.fixture
 def set_num_threads() -> Iterator[Callable[[int], None]]:
     """`ssmcore.set_num_threads`, undone after the test."""
