@@ -8,6 +8,7 @@
 #include "ssmcore/c_api.h"
 #include "ssmcore/context.h"
 #include "ssmcore/error.h"
+#include "ssmcore/gradient.h"
 #include "ssmcore/tensor.h"
 
 namespace ssmcore::c_api {
@@ -76,6 +77,9 @@ class TensorReader {
   // NULL is absent. Throws Error(invalid_argument) for what is not a tensor that ssmcore knows;
   // whether it suits the call is for the operator to say.
   TensorView operator()(const ssmcore_tensor* tensor, const char* name) const;
+  Gradient operator()(const ssmcore_gradient& gradient, const char* name) const {
+    return {(*this)(gradient.tensor, name), gradient.accumulate != 0};
+  }
 
  private:
   const char* op_;

@@ -35,6 +35,36 @@ SelectiveScanFwdArgs lower(const ssmcore_selective_scan_fwd_args& c, const Tenso
   return args;
 }
 
+SelectiveScanBwdArgs lower(const ssmcore_selective_scan_bwd_args& c, const TensorReader& tensor) {
+  SelectiveScanBwdArgs args;
+  args.u = tensor(c.u, "u");
+  args.delta = tensor(c.delta, "delta");
+  args.A = tensor(c.A, "A");
+  args.B = tensor(c.B, "B");
+  args.C = tensor(c.C, "C");
+  args.D = tensor(c.D, "D");
+  args.z = tensor(c.z, "z");
+  args.delta_bias = tensor(c.delta_bias, "delta_bias");
+  args.delta_softplus = c.delta_softplus != 0;
+  args.cu_seqlens = tensor(c.cu_seqlens, "cu_seqlens");
+  args.initial_state = tensor(c.initial_state, "initial_state");
+  args.state_indices = tensor(c.state_indices, "state_indices");
+  args.chunk_states = tensor(c.chunk_states, "chunk_states");
+  args.chunk_size = c.chunk_size;
+  args.dout = tensor(c.dout, "dout");
+  args.dlast_state = tensor(c.dlast_state, "dlast_state");
+  args.du = tensor(c.du, "du");
+  args.ddelta = tensor(c.ddelta, "ddelta");
+  args.dA = tensor(c.dA, "dA");
+  args.dB = tensor(c.dB, "dB");
+  args.dC = tensor(c.dC, "dC");
+  args.dD = tensor(c.dD, "dD");
+  args.dz = tensor(c.dz, "dz");
+  args.ddelta_bias = tensor(c.ddelta_bias, "ddelta_bias");
+  args.dinitial_state = tensor(c.dinitial_state, "dinitial_state");
+  return args;
+}
+
 SelectiveStateUpdateArgs lower(const ssmcore_selective_state_update_args& c,
                                const TensorReader& tensor) {
   SelectiveStateUpdateArgs args;
@@ -222,6 +252,7 @@ using namespace ssmcore::c_api;
   }
 
 SSMCORE_DEFINE_OPERATOR(selective_scan_fwd, "selective_scan")
+SSMCORE_DEFINE_OPERATOR(selective_scan_bwd, "selective_scan_bwd")
 SSMCORE_DEFINE_OPERATOR(selective_state_update, "selective_state_update")
 SSMCORE_DEFINE_OPERATOR(causal_conv1d_fwd, "causal_conv1d")
 SSMCORE_DEFINE_OPERATOR(causal_conv1d_update, "causal_conv1d_update")

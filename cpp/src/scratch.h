@@ -29,6 +29,12 @@ class Scratch {
   __attribute__((always_inline)) float* floats(int64_t count) {
     return static_cast<float*>(bytes(product(static_cast<size_t>(count), sizeof(float))));
   }
+  // An array of floats of these sizes.
+  __attribute__((always_inline)) float* floats(std::initializer_list<int64_t> shape) {
+    size_t count = sizeof(float);
+    for (const int64_t size : shape) count = product(count, static_cast<size_t>(size));
+    return static_cast<float*>(bytes(count));
+  }
   TensorView tensor(DType dtype, std::initializer_list<int64_t> shape, Device device) {
     size_t count = dtype_size(dtype);
     for (const int64_t size : shape) count = product(count, static_cast<size_t>(size));

@@ -109,6 +109,15 @@ def tensor(array: np.ndarray) -> ctypes.Structure:
     return made
 
 
+def gradient(array: np.ndarray, *, accumulate: bool = False) -> ctypes.Structure:
+    """An ssmcore_gradient that goes to `array`."""
+    made = STRUCTS["ssmcore_gradient"]()
+    made.to = tensor(array)
+    made.tensor = ctypes.pointer(made.to)
+    made.accumulate = accumulate
+    return made
+
+
 def struct(name: str, **fields: Any) -> ctypes.Structure:
     """The struct ssmcore_`name`; arrays become tensors, and None leaves a field at 0."""
     made = STRUCTS[f"ssmcore_{name}"]()
@@ -120,7 +129,8 @@ def struct(name: str, **fields: Any) -> ctypes.Structure:
             value = tensor(value)
         if isinstance(value, ctypes.Structure):
             made.kept.append(value)
-            value = ctypes.pointer(value)
+            if not isinstance(value, STRUCTS["ssmcore_gradient"]):
+                value = ctypes.pointer(value)
         if value is not None:
             setattr(made, field, value)
     return made
@@ -130,6 +140,20 @@ def call(name: str, handle: ctypes.c_void_p, **fields: Any) -> None:
     """ssmcore_`name` of a context or a model, with these arguments."""
     args = struct(f"{name}_args", **fields)
     check(LIBRARY[f"ssmcore_{name}"](handle, ctypes.byref(args), None, ctypes.c_size_t(0), None))
+
+
+def call_in_poison(name: str, handle: ctypes.c_void_p, **fields: Any) -> None:
+    """The same in a workspace of NaN, of exactly the size that is asked for."""
+    args = struct(f"{name}_args", **fields)
+    needed = ctypes.c_size_t()
+    query = LIBRARY[f"ssmcore_{name}_workspace_size"]
+    check(query(handle, ctypes.byref(args), ctypes.byref(needed)))
+    memory = np.full(needed.value // 4 + 32, np.nan, np.float32)
+    begin = -memory.ctypes.data % 64 // 4
+    end = begin + needed.value // 4
+    workspace = ctypes.c_void_p(memory[begin:].ctypes.data)
+    check(LIBRARY[f"ssmcore_{name}"](handle, ctypes.byref(args), workspace, needed, None))
+    assert np.isnan(memory[:begin]).all() and np.isnan(memory[end:]).all()
 
 
 def create(name: str, *arguments: Any) -> ctypes.c_void_p:

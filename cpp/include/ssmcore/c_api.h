@@ -106,6 +106,12 @@ typedef struct ssmcore_tensor {
   uint64_t byte_offset;   /* of the first element from `data` */
 } ssmcore_tensor;
 
+/* Where a backward puts the gradient of one of its inputs. For a complex x + iy it is dx + i dy. */
+typedef struct ssmcore_gradient {
+  const ssmcore_tensor* tensor; /* NULL: it is not wanted */
+  int32_t accumulate;           /* flag: is added to what is there, instead of overwriting it */
+} ssmcore_gradient;
+
 /* ---- Contexts ---- */
 
 /* What is made once for a device: threads, allocator, properties. */
@@ -205,6 +211,47 @@ SSMCORE_C_API ssmcore_status ssmcore_selective_scan_fwd_workspace_size(
     const ssmcore_context* context, const ssmcore_selective_scan_fwd_args* args, size_t* bytes);
 SSMCORE_C_API ssmcore_status ssmcore_selective_scan_fwd(const ssmcore_context* context,
                                                         const ssmcore_selective_scan_fwd_args* args,
+                                                        void* workspace, size_t workspace_bytes,
+                                                        void* stream);
+
+/* Its backward: the gradients of a scalar, given those with respect to out and last_state. The
+ * states are computed again. CPU only, so far. */
+typedef struct ssmcore_selective_scan_bwd_args {
+  size_t struct_size;
+  /* As the forward had them. */
+  const ssmcore_tensor* u;
+  const ssmcore_tensor* delta;
+  const ssmcore_tensor* A;
+  const ssmcore_tensor* B;
+  const ssmcore_tensor* C;
+  const ssmcore_tensor* D;
+  const ssmcore_tensor* z;
+  const ssmcore_tensor* delta_bias;
+  int32_t delta_softplus; /* flag */
+  const ssmcore_tensor* cu_seqlens;
+  const ssmcore_tensor* initial_state; /* as it was before the forward */
+  const ssmcore_tensor* state_indices; /* of initial_state, dlast_state and dinitial_state */
+  const ssmcore_tensor* chunk_states;  /* optional: as the forward wrote them. Without them the call
+                                          takes about one more forward's time */
+  int64_t chunk_size;                  /* with chunk_states; 64 is the fastest on the CPU */
+  const ssmcore_tensor* dout;          /* (batch, dim, seqlen) */
+  const ssmcore_tensor* dlast_state;   /* optional (slots, dim, dstate), A's dtype; absent: zeros */
+  /* Each has the shape and dtype of its input. */
+  ssmcore_gradient du;
+  ssmcore_gradient ddelta;
+  ssmcore_gradient dA;
+  ssmcore_gradient dB;
+  ssmcore_gradient dC;
+  ssmcore_gradient dD;
+  ssmcore_gradient dz;
+  ssmcore_gradient ddelta_bias;
+  ssmcore_gradient dinitial_state; /* slots that state_indices does not name stay as they are */
+} ssmcore_selective_scan_bwd_args;
+
+SSMCORE_C_API ssmcore_status ssmcore_selective_scan_bwd_workspace_size(
+    const ssmcore_context* context, const ssmcore_selective_scan_bwd_args* args, size_t* bytes);
+SSMCORE_C_API ssmcore_status ssmcore_selective_scan_bwd(const ssmcore_context* context,
+                                                        const ssmcore_selective_scan_bwd_args* args,
                                                         void* workspace, size_t workspace_bytes,
                                                         void* stream);
 

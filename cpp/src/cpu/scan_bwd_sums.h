@@ -60,11 +60,13 @@ class Sums {
     dD_at = dC_at + (p.fwd.constant_C ? states : 0);
     ddelta_bias_at = dD_at + kLanes;
     per_tile = ddelta_bias_at + kLanes;
-    channels = scratch.floats(cut.row_slices * per_row_slice());
+    channels = scratch.floats({cut.row_slices, p.fwd.nheads, cut.tiles, per_tile});
     per_step = p.fwd.dstate * parts_of(p.fwd);
-    per_slice = (p.fwd.cu_seqlens ? 1 : p.fwd.rows) * p.fwd.seqlen * per_step;
-    if (p.dB) dB = scratch.floats(p.fwd.nheads * cut.slices * per_slice);
-    if (p.dC) dC = scratch.floats(p.fwd.nheads * cut.slices * per_slice);
+    const auto of_all_steps = [&] {
+      return scratch.floats({p.fwd.nheads, cut.slices, batch(), p.fwd.seqlen, per_step});
+    };
+    if (p.dB) dB = of_all_steps();
+    if (p.dC) dC = of_all_steps();
   }
 
   // Of one tile and slice of rows: dA, constant dB and dC, (parts, dstate, kLanes) each, then dD
@@ -74,12 +76,13 @@ class Sums {
   }
   int64_t dB_at, dC_at, dD_at, ddelta_bias_at, per_tile;
 
-  // Of one slice of channels from step t on, (steps, dstate, parts); null where not asked for.
-  float* varying_dB(int64_t head, int64_t slice, int64_t batch, int64_t t) const {
-    return of_steps(dB, head * cut.slices + slice, batch, t);
+  // Of one slice of channels of a row of the batch, from step t on, (steps, dstate, parts); null
+  // where not asked for.
+  float* varying_dB(int64_t head, int64_t slice, int64_t row, int64_t t) const {
+    return of_steps(dB, head * cut.slices + slice, row, t);
   }
-  float* varying_dC(int64_t head, int64_t slice, int64_t batch, int64_t t) const {
-    return of_steps(dC, head * cut.slices + slice, batch, t);
+  float* varying_dC(int64_t head, int64_t slice, int64_t row, int64_t t) const {
+    return of_steps(dC, head * cut.slices + slice, row, t);
   }
 
   // The sums over slices of rows, into the gradients of parameters. A task: one tile of a head.
@@ -127,8 +130,8 @@ class Sums {
   }
   int64_t dB_tasks() const { return p.dB ? tasks_of(p.ngroups_B) : 0; }
 
-  float* of_steps(float* sums, int64_t slice, int64_t batch, int64_t t) const {
-    return sums ? sums + slice * per_slice + (batch * p.fwd.seqlen + t) * per_step : nullptr;
+  float* of_steps(float* sums, int64_t slice, int64_t row, int64_t t) const {
+    return sums ? sums + ((slice * batch() + row) * p.fwd.seqlen + t) * per_step : nullptr;
   }
 
   static void add_floats(float* to, const float* from, int64_t count) {
@@ -170,7 +173,7 @@ class Sums {
   const Cut cut;
   float* channels;
   float *dB = nullptr, *dC = nullptr;  // (nheads, slices, batch, seqlen, dstate, parts)
-  int64_t per_step, per_slice;
+  int64_t per_step;
 };
 
 }  // namespace ssmcore::cpu::SSMCORE_CPU_NAMESPACE

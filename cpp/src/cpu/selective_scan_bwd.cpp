@@ -44,7 +44,7 @@ struct Workspace {
     for (float** piece : {&A, &dstate, &constant_B, &constant_C})
       *piece = scratch.floats(kMaxTiles * per_tile);
     for (float** piece : {&D, &delta_bias}) *piece = scratch.floats(kMaxTiles * kLanes);
-    starts = scratch.floats(kMaxTiles * ceil_div(chunk_of(p), steps) * per_tile);
+    starts = scratch.floats({kMaxTiles, ceil_div(chunk_of(p), steps), per_tile});
     for (float** piece : {&B, &C}) *piece = scratch.floats(coefficients);
     for (float** piece : {&dB, &dC}) *piece = scratch.floats(coefficients * kLanes);
     for (float** piece : {&u, &delta, &delta_u, &slope, &y, &dy, &dgate, &dx, &ddelta})
