@@ -98,8 +98,9 @@ void Checks::input(const TensorView& tensor, const char* name, const Shape& shap
   }
   require(std::find(dtypes.begin(), dtypes.end(), tensor.dtype) != dtypes.end(), [&] {
     std::string expected;
-    for (DType dtype : dtypes)
-      expected += (expected.empty() ? "" : " or ") + std::string(dtype_name(dtype));
+    for (const DType* dtype = dtypes.begin(); dtype != dtypes.end(); ++dtype)
+      if (std::find(dtypes.begin(), dtype, *dtype) == dtype)  // named once
+        expected += (expected.empty() ? "" : " or ") + std::string(dtype_name(*dtype));
     return std::string(name) + " has dtype " + dtype_name(tensor.dtype) + ", expected " + expected;
   });
   require(tensor.device == device_, [&] {

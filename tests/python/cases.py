@@ -239,6 +239,7 @@ _CONV_ALTERNATIVES: dict[str, Sequence[Any]] = {
     "layout": LAYOUTS,
 }
 
+FLOAT64_CONV_CASES = rows(ConvCase(dtype="float64"), **_CONV_ALTERNATIVES)
 CONV_CASES = [
     *rows(ConvCase(), dtype=NARROW, **_CONV_ALTERNATIVES),
     *(
@@ -350,6 +351,16 @@ NORM_CASES = rows(
     group_size=(1, 3, 24, 96),
     **_NORM_ALTERNATIVES,
 )
+FLOAT64_NORM_CASES = [
+    pytest.param(NormCase(dtype="float64", weight_dtype=w, residual_dtype=r, z_dtype=z, **more))
+    for w in (None, "float64")
+    for r in (None, "float64")
+    for z, more in (
+        (None, {}),
+        ("float64", {"group_size": 24}),
+        ("float64", {"norm_before_gate": True}),
+    )
+]
 GATED_NORM_CASES = rows(
     NormCase(residual_dtype=None, z_dtype="float32", group_size=24),
     shape=((96,), (3, 24), (2, 3, 168), (1, 4104)),
@@ -394,6 +405,42 @@ LINEAR_CASES = rows(
     bias_dtype=(None, *NARROW),
     layout=LAYOUTS,
 )
+
+
+@dataclass(frozen=True)
+class LossCase:
+    rows: tuple[int, ...] = (7,)
+    vocab_size: int = 257
+    dtype: str = "float32"
+    target_dtype: str = "int64"
+    ignore_index: int = -100
+    ignored: int = 2  # rows that do not count, from the second on
+    scale: float = 3.0
+    layout: str = "contiguous"
+
+    def inputs(self) -> dict[str, Any]:
+        random = _Random(self.dtype, self.layout)
+        targets = random.generator.integers(0, self.vocab_size, self.rows)
+        targets.reshape(-1)[1 : 1 + self.ignored] = self.ignore_index
+        return {
+            "logits": random.normal(*self.rows, self.vocab_size, scale=self.scale),
+            "targets": place(targets.astype(self.target_dtype), self.layout),
+            "ignore_index": self.ignore_index,
+        }
+
+
+_LOSS_ALTERNATIVES: dict[str, Sequence[Any]] = {
+    "rows": ((1,), (3, 5), (301,)),
+    "vocab_size": (2, 7, 256, 1024, 5003),
+    "target_dtype": ("int32",),
+    "ignore_index": (3, -1),
+    "ignored": (0,),
+    "scale": (1e-3, 30.0),
+    "layout": LAYOUTS,
+}
+
+LOSS_CASES = rows(LossCase(), dtype=NARROW, **_LOSS_ALTERNATIVES)
+FLOAT64_LOSS_CASES = rows(LossCase(dtype="float64"), **_LOSS_ALTERNATIVES)
 
 
 @dataclass(frozen=True)

@@ -269,6 +269,21 @@ def embedding(token_ids: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return fp64(weight)[token_ids]
 
 
+def cross_entropy(
+    logits: np.ndarray, targets: np.ndarray, *, ignore_index: int = -100
+) -> tuple[np.ndarray, np.ndarray]:
+    """(loss, lse) of each row: lse = log Σ exp(logits), loss = lse - logits[target].
+
+    0 where the target is `ignore_index`.
+    """
+    logits = fp64(logits)
+    largest = logits.max(axis=-1)
+    lse = largest + np.log(np.exp(logits - largest[..., None]).sum(axis=-1))
+    counts = targets != ignore_index
+    of_target = np.take_along_axis(logits, np.where(counts, targets, 0)[..., None], axis=-1)
+    return np.where(counts, lse - of_target[..., 0], 0), lse
+
+
 def mamba_block(
     x: np.ndarray,
     weights: Mapping[str, np.ndarray],

@@ -216,7 +216,7 @@ def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
     ("name", "bad", "words"),
     [
         ("x", zeros(24, 67), []),
-        ("x", zeros(2, 24, 67, dtype=np.float64), ["float64"]),
+        ("x", zeros(2, 24, 67, dtype=np.int32), ["int32"]),
         ("weight", zeros(23, 4), ["23", "24"]),
         ("weight", zeros(24, 1, 4), []),
         ("weight", zeros(24, 1), ["1", "2", "8"]),

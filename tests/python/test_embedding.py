@@ -71,7 +71,7 @@ def test_id_out_of_range(backend: Backend, token_id: int, id_dtype: type[np.inte
         ("token_ids", np.zeros(3, np.float32), ["float32"]),
         ("token_ids", np.zeros(3, np.uint8), ["uint8"]),
         ("weight", np.zeros(11, np.float32), []),
-        ("weight", np.zeros((11, 19)), ["float64"]),
+        ("weight", np.zeros((11, 19), np.int32), ["int32"]),
     ],
 )
 def test_bad_argument(backend: Backend, name: str, bad: np.ndarray, words: list[str]) -> None:

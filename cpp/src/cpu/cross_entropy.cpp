@@ -35,7 +35,12 @@ float logit_at(const CrossEntropyFwdParams& p, int64_t row, int64_t column) {
   return logit;
 }
 
-float log_sum_exp(const CrossEntropyFwdParams& p, int64_t row) {
+// log Σ exp(logits) in two parts: what is near the largest logit is then as exact as a small one.
+struct LogSumExp {
+  float largest, log_of_rest;
+};
+
+LogSumExp log_sum_exp(const CrossEntropyFwdParams& p, int64_t row) {
   const float least = -__builtin_inff();
   float piece[kPiece];
   Vec largest = broadcast(0) + least;
@@ -58,7 +63,7 @@ float log_sum_exp(const CrossEntropyFwdParams& p, int64_t row) {
     for (int64_t i = 0; i < n; i += kLanes) of_piece += exp(load(piece + i) - max_logit);
     sum += of_piece;
   }
-  return max_logit + log(broadcast(horizontal_sum(sum)))[0];
+  return {max_logit, log(broadcast(horizontal_sum(sum)))[0]};
 }
 
 float* at(const Strided<1>& tensor, int64_t row) {
@@ -123,9 +128,9 @@ void cross_entropy_fwd(const CrossEntropyFwdParams& p, const Exec& exec) {
   for_each_row(p, exec, [&](int64_t row) {
     const int64_t target = target_of(p, row);
     const bool ignored = target == p.ignore_index;
-    const float lse = ignored && !p.lse ? 0 : log_sum_exp(p, row);
-    const float loss = ignored ? 0 : lse - logit_at(p, row, target);
-    if (p.lse) *at(p.lse, row) = lse;
+    const auto [largest, log_of_rest] = ignored && !p.lse ? LogSumExp{} : log_sum_exp(p, row);
+    const float loss = ignored ? 0 : largest - logit_at(p, row, target) + log_of_rest;
+    if (p.lse) *at(p.lse, row) = largest + log_of_rest;
     if (p.loss) *at(p.loss, row) = loss;
     if (row_losses) row_losses[row] = loss;
   });
