@@ -74,7 +74,7 @@ LanguageModelTrainArgs lower(const ssmcore_model_loss_and_gradients_args& c) {
   for (int64_t i = 0; i < c.num_gradients; ++i) {
     const ssmcore_named_gradient& given = required(kTraining, "gradients", c.gradients + i);
     const char* name = &required(kTraining, "a gradient's name", given.name);
-    args.gradients[name] = {tensor(given.tensor, name), given.accumulate != 0};
+    args.gradients[name] = tensor(given.gradient, name);
   }
   return args;
 }

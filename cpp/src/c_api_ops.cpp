@@ -1,10 +1,9 @@
 // The C interface: operators. Each is its arguments, field by field, and a line in the table.
-#include "c_api_call.h"
+#include "c_api_operator.h"
 #include "ssmcore/c_api.h"
 #include "ssmcore/causal_conv1d.h"
 #include "ssmcore/embedding.h"
 #include "ssmcore/linear.h"
-#include "ssmcore/mamba_block.h"
 #include "ssmcore/rms_norm.h"
 #include "ssmcore/sample.h"
 #include "ssmcore/selective_scan.h"
@@ -170,86 +169,11 @@ SampleArgs lower(const ssmcore_sample_args& c, const TensorReader& tensor) {
   return args;
 }
 
-// The block's arguments point to its weights, which live here.
-struct OwningBlockArgs : MambaBlockFwdArgs {
-  OwningBlockArgs(const ssmcore_mamba_block_fwd_args& c, const TensorReader& tensor);
-  OwningBlockArgs(const OwningBlockArgs&) = delete;
-
-  MambaBlockWeights owned;
-};
-
-OwningBlockArgs::OwningBlockArgs(const ssmcore_mamba_block_fwd_args& c,
-                                 const TensorReader& tensor) {
-  const ssmcore_mamba_block_weights w = read_struct(tensor.op(), "weights", c.weights);
-  owned.in_proj = tensor(w.in_proj, "in_proj");
-  owned.in_proj_bias = tensor(w.in_proj_bias, "in_proj_bias");
-  owned.conv_weight = tensor(w.conv_weight, "conv_weight");
-  owned.conv_bias = tensor(w.conv_bias, "conv_bias");
-  owned.x_proj = tensor(w.x_proj, "x_proj");
-  owned.dt_proj = tensor(w.dt_proj, "dt_proj");
-  owned.dt_bias = tensor(w.dt_bias, "dt_bias");
-  owned.A = tensor(w.A, "A");
-  owned.D = tensor(w.D, "D");
-  owned.out_proj = tensor(w.out_proj, "out_proj");
-  owned.out_proj_bias = tensor(w.out_proj_bias, "out_proj_bias");
-  owned.dt_B_C_norm_eps = w.dt_B_C_norm_eps;
-  weights = &owned;
-  x = tensor(c.x, "x");
-  out = tensor(c.out, "out");
-  conv_state = tensor(c.conv_state, "conv_state");
-  ssm_state = tensor(c.ssm_state, "ssm_state");
-  state_indices = tensor(c.state_indices, "state_indices");
-  cu_seqlens = tensor(c.cu_seqlens, "cu_seqlens");
-}
-
-OwningBlockArgs lower(const ssmcore_mamba_block_fwd_args& c, const TensorReader& tensor) {
-  return OwningBlockArgs(c, tensor);
-}
-
-template <typename Args>
-using WorkspaceSize = size_t (*)(const Args&, const Context&);
-
-template <typename CArgs, typename Args>
-ssmcore_status query(const char* op, WorkspaceSize<Args> workspace_size,
-                     const ssmcore_context* context, const CArgs* c_args, size_t* bytes) {
-  return guarded([&] {
-    const Context& device_context = required(op, "context", context).held->context;
-    const auto args = lower(read_struct(op, "args", c_args), TensorReader(op));
-    required(op, "bytes", bytes) = workspace_size(args, device_context);
-  });
-}
-
-template <typename CArgs, typename Args>
-ssmcore_status run(const char* op, WorkspaceSize<Args> workspace_size,
-                   void (*function)(const Args&, const Exec&), const ssmcore_context* context,
-                   const CArgs* c_args, void* workspace, size_t workspace_bytes, void* stream) {
-  return guarded([&] {
-    const Context& device_context = required(op, "context", context).held->context;
-    const auto args = lower(read_struct(op, "args", c_args), TensorReader(op));
-    with_workspace(
-        op, {device_context, workspace, workspace_bytes, stream},
-        [&] { return workspace_size(args, device_context); },
-        [&](const Exec& exec) { function(args, exec); });
-  });
-}
-
 }  // namespace
 }  // namespace ssmcore::c_api
 
 using namespace ssmcore;
 using namespace ssmcore::c_api;
-
-// Defines ssmcore_<name> and ssmcore_<name>_workspace_size; errors begin with `op`.
-#define SSMCORE_DEFINE_OPERATOR(name, op)                                                          \
-  ssmcore_status ssmcore_##name##_workspace_size(                                                  \
-      const ssmcore_context* context, const ssmcore_##name##_args* args, size_t* bytes) {          \
-    return query(op, name##_workspace_size, context, args, bytes);                                 \
-  }                                                                                                \
-  ssmcore_status ssmcore_##name(const ssmcore_context* context, const ssmcore_##name##_args* args, \
-                                void* workspace, size_t workspace_bytes, void* stream) {           \
-    return run(op, name##_workspace_size, name, context, args, workspace, workspace_bytes,         \
-               stream);                                                                            \
-  }
 
 SSMCORE_DEFINE_OPERATOR(selective_scan_fwd, "selective_scan")
 SSMCORE_DEFINE_OPERATOR(selective_scan_bwd, "selective_scan_bwd")
@@ -260,4 +184,3 @@ SSMCORE_DEFINE_OPERATOR(rms_norm_fwd, "rms_norm")
 SSMCORE_DEFINE_OPERATOR(linear, "linear")
 SSMCORE_DEFINE_OPERATOR(embedding, "embedding")
 SSMCORE_DEFINE_OPERATOR(sample, "sample")
-SSMCORE_DEFINE_OPERATOR(mamba_block_fwd, "mamba_block")

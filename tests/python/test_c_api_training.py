@@ -9,10 +9,13 @@ from typing import Any
 import c_interface as c
 import numpy as np
 import pytest
+from cases import BlockCase
 from helpers import assert_close, assert_same_bits
 from model_fixtures import BUNDLED, DATA
+from test_mamba_block_gradients import by_name, initial, output_gradients
 
 import ssmcore
+from ssmcore import ops
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +39,99 @@ def step() -> dict[str, np.ndarray]:
     return {"token_ids": text[:, :-1].astype(np.int64), "targets": text[:, 1:].astype(np.int32)}
 
 
+# Gradients by the names of weights, and what MambaBlockBwdArgs calls them.
+BLOCK_GRADIENTS = {
+    "in_proj.weight": "din_proj",
+    "in_proj.bias": "din_proj_bias",
+    "conv1d.weight": "dconv_weight",
+    "conv1d.bias": "dconv_bias",
+    "x_proj.weight": "dx_proj",
+    "dt_proj.weight": "ddt_proj",
+    "dt_proj.bias": "ddt_bias",
+    "A_log": "dA",
+    "D": "dD",
+    "out_proj.weight": "dout_proj",
+    "out_proj.bias": "dout_proj_bias",
+}
+
+
+def block_weights(weights: dict[str, np.ndarray], A: np.ndarray) -> ctypes.Structure:
+    """The arrays must live as long as what is returned."""
+    return c.struct(
+        "mamba_block_weights",
+        **{
+            BLOCK_GRADIENTS[name][1:]: weight[:, 0] if name == "conv1d.weight" else weight
+            for name, weight in weights.items()
+            if name != "A_log"
+        },
+        A=A,
+    )
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("keep_all", [False, True])
+def test_block(context: ctypes.c_void_p, keep_all: bool, accumulate: bool) -> None:
+    """Forward and backward in memory of NaN; gradients are added to where that is asked."""
+    case = BlockCase(seqlen=100, proj_bias=True)
+    inputs = {**case.inputs(), **initial(case.states())}
+    douts = output_gradients(case)
+    out, saved, *states = ops.mamba_block_train_fwd(**inputs, return_states=True, keep_all=keep_all)
+    kept = {name: np.full_like(a, np.nan) for name, a in saved.arrays().items() if a is not None}
+    expected_kept = {name: array.copy() for name, array in saved.arrays().items() if name in kept}
+    expected = by_name(ops.mamba_block_bwd(saved=saved, **inputs, **douts))
+
+    A = -np.exp(inputs["weights"]["A_log"])
+    weights = block_weights(inputs["weights"], A)
+    c_saved = c.struct("mamba_block_saved", **kept)
+    outputs = [np.empty_like(array) for array in (out, *states)]
+    names = ("out", "final_conv_state", "last_ssm_state")
+    written = dict(zip(names, outputs, strict=True))
+    common = {**inputs, "weights": weights, "saved": c_saved}
+    c.call_in_poison("mamba_block_train_fwd", context, **common, **written)
+    for output, array in zip(outputs, (out, *states), strict=True):
+        assert_close(output, array, "float32", rounded=True)
+    for name, array in expected_kept.items():
+        assert_close(kept[name], array, "float32", rounded=True)
+
+    before = np.float32(1 if accumulate else np.nan)
+    there = {name: np.full_like(array, before) for name, array in expected.items()}
+    gradients = {
+        BLOCK_GRADIENTS.get(name, f"d{name}"): c.gradient(
+            array[:, 0] if name == "conv1d.weight" else array, accumulate=accumulate
+        )
+        for name, array in there.items()
+    }
+    c.call_in_poison("mamba_block_bwd", context, **common, **douts, **gradients)
+    expected["A_log"] = expected["A_log"] / A
+    for name, array in expected.items():
+        total = array + before if accumulate else array
+        assert_close(there[name], total, "float32", rounded=True)
+
+
+def test_block_without_what_is_saved(context: ctypes.c_void_p) -> None:
+    case = BlockCase()
+    inputs, dout = case.inputs(), output_gradients(case)["dout"]
+    A = -np.exp(inputs["weights"]["A_log"])
+    weights = block_weights(inputs["weights"], A)
+    arguments = {"x": inputs["x"], "weights": weights, "dout": dout}
+    with c.fails(c.Status.INVALID_ARGUMENT, "mamba_block_bwd: saved is NULL"):
+        c.call("mamba_block_bwd", context, **arguments)
+    with c.fails(c.Status.INVALID_ARGUMENT, "mamba_block_bwd: saved xz is missing"):
+        c.call("mamba_block_bwd", context, **arguments, saved=c.struct("mamba_block_saved"))
+
+
 def named(gradients: dict[str, tuple[np.ndarray, bool]]) -> dict[str, Any]:
     """The fields of the arguments that name gradients and whether they are added to."""
     kind = c.STRUCTS["ssmcore_named_gradient"]
     entries = (kind * len(gradients))()
     entries.kept = []  # what their pointers point to
     for entry, (name, (array, accumulate)) in zip(entries, gradients.items(), strict=True):
-        text, tensor = ctypes.create_string_buffer(name.encode()), c.tensor(array)
-        entries.kept += [text, tensor]
-        entry.name, entry.tensor = ctypes.addressof(text), ctypes.pointer(tensor)
-        entry.accumulate = accumulate
+        text, gradient = (
+            ctypes.create_string_buffer(name.encode()),
+            c.gradient(array, accumulate=accumulate),
+        )
+        entries.kept += [text, gradient]
+        entry.name, entry.gradient = ctypes.addressof(text), gradient
     return {"gradients": entries, "num_gradients": len(gradients)}
 
 
@@ -85,7 +171,7 @@ def test_loss_and_gradients(
     gradients = {name: (np.full_like(array, np.nan), False) for name, array in expected.items()}
     added = "backbone.layers.0.mixer.A_log"
     gradients[added] = (np.ones_like(expected[added]), True)
-    c.call(
+    c.call_in_poison(
         "model_loss_and_gradients",
         model,
         **step,

@@ -81,7 +81,7 @@ def text():
 
 def test_gradients_of_the_bundled_model(text):
     model = AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32)
-    ids, targets = shifted(text.astype(np.int64))
+    ids, targets = shifted(text[:1, :49].astype(np.int64))
     actual = ssmcore.load().loss_and_gradients(ids, targets)
     assert 0.5 < actual[0] < 2  # it has learnt prose
     assert_same(actual, autograd(model, ids, targets), tolerance=1e-4)

@@ -447,6 +447,81 @@ SSMCORE_C_API ssmcore_status ssmcore_mamba_block_fwd(const ssmcore_context* cont
                                                      void* workspace, size_t workspace_bytes,
                                                      void* stream);
 
+/* Steps between two states of chunk_states below. */
+#define SSMCORE_MAMBA_BLOCK_CHUNK_SIZE 64
+
+/* What the forward pass in training leaves for the backward pass, in the caller's memory; each
+ * contiguous and, unless said otherwise, of x's dtype. The last two are computed again where they
+ * are absent. */
+typedef struct ssmcore_mamba_block_saved {
+  size_t struct_size;
+  const ssmcore_tensor* xz;           /* (batch, seqlen, 2 dim): in_proj's result */
+  const ssmcore_tensor* delta_B_C;    /* (batch, seqlen, dt_rank + 2 dstate): x_proj's result */
+  const ssmcore_tensor* y;            /* (batch, seqlen, dim): the scan's result, gated */
+  const ssmcore_tensor* chunk_states; /* (batch, chunks, dim, dstate), float32: the scan's, as in
+                                         selective_scan with the chunk_size above */
+  const ssmcore_tensor* u;            /* optional (batch, seqlen, dim): the convolution's result */
+  const ssmcore_tensor* delta;        /* optional (batch, seqlen, dim): dt_proj's result */
+} ssmcore_mamba_block_saved;
+
+/* mamba_block_fwd, leaving its arguments as they are. States are in the order of the rows. */
+typedef struct ssmcore_mamba_block_train_fwd_args {
+  size_t struct_size;
+  const ssmcore_mamba_block_weights* weights;
+  const ssmcore_tensor* x;                  /* (batch, seqlen, d_model), contiguous */
+  const ssmcore_tensor* out;                /* (batch, seqlen, d_model), contiguous, written */
+  const ssmcore_tensor* initial_conv_state; /* optional (rows, dim, width - 1) */
+  const ssmcore_tensor* initial_ssm_state;  /* optional (rows, dim, dstate), float32 */
+  const ssmcore_tensor* final_conv_state;   /* optional, written */
+  const ssmcore_tensor* last_ssm_state;     /* optional, written */
+  const ssmcore_tensor* cu_seqlens;         /* optional, packed as in selective_scan */
+  const ssmcore_mamba_block_saved* saved;   /* written */
+} ssmcore_mamba_block_train_fwd_args;
+
+SSMCORE_C_API ssmcore_status ssmcore_mamba_block_train_fwd_workspace_size(
+    const ssmcore_context* context, const ssmcore_mamba_block_train_fwd_args* args, size_t* bytes);
+SSMCORE_C_API ssmcore_status ssmcore_mamba_block_train_fwd(
+    const ssmcore_context* context, const ssmcore_mamba_block_train_fwd_args* args, void* workspace,
+    size_t workspace_bytes, void* stream);
+
+/* Its backward: the gradients of a scalar, given those with respect to what it wrote. CPU only, so
+ * far. */
+typedef struct ssmcore_mamba_block_bwd_args {
+  size_t struct_size;
+  /* As the forward had and wrote them. */
+  const ssmcore_mamba_block_weights* weights;
+  const ssmcore_tensor* x;
+  const ssmcore_tensor* initial_conv_state;
+  const ssmcore_tensor* initial_ssm_state;
+  const ssmcore_tensor* cu_seqlens;
+  const ssmcore_mamba_block_saved* saved;
+  const ssmcore_tensor* dout;              /* (batch, seqlen, d_model), contiguous */
+  const ssmcore_tensor* dfinal_conv_state; /* optional (rows, dim, width - 1); absent: zeros */
+  const ssmcore_tensor* dlast_ssm_state;   /* optional (rows, dim, dstate); absent: zeros */
+  /* Each has the shape and dtype of its input; those of weights may also be float32. */
+  ssmcore_gradient dx;                  /* contiguous */
+  ssmcore_gradient dinitial_conv_state; /* only with the state */
+  ssmcore_gradient dinitial_ssm_state;
+  ssmcore_gradient din_proj;
+  ssmcore_gradient din_proj_bias;
+  ssmcore_gradient dconv_weight;
+  ssmcore_gradient dconv_bias;
+  ssmcore_gradient dx_proj;
+  ssmcore_gradient ddt_proj;
+  ssmcore_gradient ddt_bias;
+  ssmcore_gradient dA; /* that of A_log is dA · A */
+  ssmcore_gradient dD;
+  ssmcore_gradient dout_proj;
+  ssmcore_gradient dout_proj_bias;
+} ssmcore_mamba_block_bwd_args;
+
+SSMCORE_C_API ssmcore_status ssmcore_mamba_block_bwd_workspace_size(
+    const ssmcore_context* context, const ssmcore_mamba_block_bwd_args* args, size_t* bytes);
+SSMCORE_C_API ssmcore_status ssmcore_mamba_block_bwd(const ssmcore_context* context,
+                                                     const ssmcore_mamba_block_bwd_args* args,
+                                                     void* workspace, size_t workspace_bytes,
+                                                     void* stream);
+
 /* ---- Language models ---- */
 
 typedef struct ssmcore_model ssmcore_model;
@@ -556,9 +631,8 @@ SSMCORE_C_API ssmcore_status ssmcore_model_get_parameter(const ssmcore_model* mo
 SSMCORE_C_API ssmcore_status ssmcore_model_refresh(ssmcore_model* model);
 
 typedef struct ssmcore_named_gradient {
-  const char* name;             /* of the parameter */
-  const ssmcore_tensor* tensor; /* its shape, float32, contiguous, written */
-  int32_t accumulate;           /* flag: is added to instead */
+  const char* name;          /* of the parameter */
+  ssmcore_gradient gradient; /* its shape, float32, contiguous */
 } ssmcore_named_gradient;
 
 /* One training step without the update, on the CPU: the mean cross entropy and its gradients. */
