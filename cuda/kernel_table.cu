@@ -1,12 +1,16 @@
 // The kernels of the GPU, as a table.
 #include <nvtx3/nvToolsExt.h>
 
+#include <string>
+
 #include "../cpp/src/kernels.h"
 #include "device_state.h"
+#include "ssmcore/error.h"
 
 namespace ssmcore::cuda {
 
-SSMCORE_FOR_EACH_KERNEL(SSMCORE_DECLARE_KERNEL)
+SSMCORE_FOR_EACH_FORWARD_KERNEL(SSMCORE_DECLARE_KERNEL)
+SSMCORE_DECLARE_KERNEL(sample, SampleParams)
 
 namespace {
 
@@ -28,6 +32,10 @@ void run(const char* name, const Params& params, const Exec& exec) {
   kRun(params, exec);
 }
 
+[[noreturn]] void fail_gradient(const char* name) {
+  throw Error(ErrorCode::unsupported, std::string(name) + ": there are no gradients on CUDA yet");
+}
+
 }  // namespace
 
 const KernelTable& kernel_table() {
@@ -37,7 +45,15 @@ const KernelTable& kernel_table() {
      run<Params, name>("ssmcore::" #name, params, exec); \
    },                                                    \
    name##_workspace_size},
-      SSMCORE_FOR_EACH_KERNEL(SSMCORE_KERNEL_ENTRY)
+#define SSMCORE_NO_GRADIENT(name, Params)                    \
+  {[](const Params&, const Exec&) { fail_gradient(#name); }, \
+   [](const Params&, const Context&) -> size_t { fail_gradient(#name); }},
+      // clang-format off
+      SSMCORE_FOR_EACH_FORWARD_KERNEL(SSMCORE_KERNEL_ENTRY)
+      SSMCORE_FOR_EACH_GRADIENT_KERNEL(SSMCORE_NO_GRADIENT)
+      SSMCORE_KERNEL_ENTRY(sample, SampleParams)
+// clang-format on
+#undef SSMCORE_NO_GRADIENT
 #undef SSMCORE_KERNEL_ENTRY
   };
   return table;

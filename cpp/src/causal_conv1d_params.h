@@ -23,4 +23,15 @@ struct CausalConv1dFwdParams {
   Strided<1> cache_seqlens;               // (rows): the states are circular
 };
 
+struct CausalConv1dBwdParams {
+  CausalConv1dFwdParams fwd;  // the inputs; out, final_state and cache_seqlens are null
+
+  Strided<3> dout;                    // (batch, dim, seqlen)
+  Strided<3> dfinal_state;            // (slots, dim, state_len)
+  StridedGradient<3> dx;              // (batch, dim, seqlen)
+  StridedGradient<2> dweight;         // (dim, width)
+  StridedGradient<1> dbias;           // (dim)
+  StridedGradient<3> dinitial_state;  // (slots, dim, state_len)
+};
+
 }  // namespace ssmcore

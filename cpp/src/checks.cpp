@@ -136,6 +136,29 @@ void Checks::disjoint(const TensorView& output, const char* name, const TensorVi
   require(!overlap, [&] { return std::string(name) + " is written, but overlaps " + other_name; });
 }
 
+void Checks::gradient(const Gradient& gradient, const char* name, const Shape& shape,
+                      std::initializer_list<DType> dtypes) const {
+  if (gradient.tensor) output(gradient.tensor, name, shape, dtypes);
+}
+
+void Checks::gradient_of(const TensorView& input, const Gradient& gradient, const char* name,
+                         const Shape& shape, std::initializer_list<DType> dtypes) const {
+  // Gradients are named as what they are of, after a d.
+  require(input || !gradient.tensor,
+          [&] { return std::string(name) + " is asked for, but " + (name + 1) + " is missing"; });
+  this->gradient(gradient, name, shape, dtypes);
+}
+
+void Checks::disjoint_gradients(std::initializer_list<Named> gradients,
+                                std::initializer_list<Named> inputs) const {
+  for (const Named& gradient : gradients) {
+    for (const Named& input : inputs)
+      disjoint(gradient.tensor, gradient.name, input.tensor, input.name);
+    for (const Named& other : gradients)
+      if (&other != &gradient) disjoint(gradient.tensor, gradient.name, other.tensor, other.name);
+  }
+}
+
 void Checks::same_or_disjoint(const TensorView& output, const char* name, const TensorView& other,
                               const char* other_name) const {
   const bool same = output.data == other.data && output.dtype == other.dtype &&

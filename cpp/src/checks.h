@@ -5,6 +5,7 @@
 #include <string>
 
 #include "ssmcore/context.h"
+#include "ssmcore/gradient.h"
 #include "ssmcore/tensor.h"
 
 namespace ssmcore {
@@ -29,6 +30,12 @@ struct Shape {
   }
 };
 
+// An argument and its name.
+struct Named {
+  const TensorView& tensor;
+  const char* name;
+};
+
 // Checks the tensors of one call. Every failure throws Error(invalid_argument) that begins with
 // the operator's name and names the argument.
 class Checks {
@@ -51,7 +58,18 @@ class Checks {
   void disjoint(const TensorView& output, const char* name, const TensorView& other,
                 const char* other_name) const;
 
-  // The same for an output that may also be that very tensor, updated in place.
+  // A gradient, if it is wanted: an output.
+  void gradient(const Gradient& gradient, const char* name, const Shape& shape,
+                std::initializer_list<DType> dtypes) const;
+  // The same, refused where what it would be the gradient of is absent.
+  void gradient_of(const TensorView& input, const Gradient& gradient, const char* name,
+                   const Shape& shape, std::initializer_list<DType> dtypes) const;
+  // Refuses gradients that are certain to overlap an input or one another.
+  void disjoint_gradients(std::initializer_list<Named> gradients,
+                          std::initializer_list<Named> inputs) const;
+
+  // Refuses an output that overlaps another argument, unless it is that very tensor, updated in
+  // place.
   void same_or_disjoint(const TensorView& output, const char* name, const TensorView& other,
                         const char* other_name) const;
 
@@ -89,6 +107,22 @@ class Checks {
 // The dtypes an activation, and a weight, may have.
 inline constexpr std::initializer_list<DType> kActivationTypes = {DType::float32, DType::bfloat16,
                                                                   DType::float16};
+
+// The same and, on the CPU, float64 for checking.
+inline std::initializer_list<DType> activation_or_double(Device device) {
+  static constexpr std::initializer_list<DType> kWithDouble = {DType::float32, DType::bfloat16,
+                                                               DType::float16, DType::float64};
+  return device.type == DeviceType::cpu ? kWithDouble : kActivationTypes;
+}
+// Those of what goes with an activation: float64 where that is, else any activation type.
+inline std::initializer_list<DType> any_beside(DType activation) {
+  static constexpr std::initializer_list<DType> kDouble = {DType::float64};
+  return activation == DType::float64 ? kDouble : kActivationTypes;
+}
+// Those of its statistics and losses: float64 where it is, else float32.
+inline DType accumulator_of(DType activation) {
+  return activation == DType::float64 ? DType::float64 : DType::float32;
+}
 
 // The dtypes of the scan, which is also computed in float64 for checking.
 inline constexpr std::initializer_list<DType> kScanTypes = {DType::float32, DType::bfloat16,

@@ -15,4 +15,13 @@ struct EmbeddingParams {
   Strided<2> out;  // (rows, d_model)
 };
 
+struct EmbeddingBwdParams {
+  DType index_dtype, dout_dtype;
+  int64_t rows, vocab_size, d_model;
+
+  Strided<1> token_ids;        // (rows)
+  Strided<2> dout;             // (rows, d_model)
+  StridedGradient<2> dweight;  // (vocab_size, d_model)
+};
+
 }  // namespace ssmcore

@@ -5,6 +5,7 @@
 
 #include "causal_conv1d_params.h"
 #include "checks.h"
+#include "cross_entropy_params.h"
 #include "embedding_params.h"
 #include "linear_params.h"
 #include "rms_norm_params.h"
@@ -14,12 +15,27 @@
 
 // X(name, Params): `void name(const Params&, const Exec&)` and the workspace it needs,
 // `size_t name_workspace_size(const Params&, const Context&)`.
-#define SSMCORE_FOR_EACH_VECTOR_KERNEL(X)       \
+#define SSMCORE_FOR_EACH_FORWARD_KERNEL(X)      \
   X(selective_scan_fwd, SelectiveScanFwdParams) \
   X(causal_conv1d_fwd, CausalConv1dFwdParams)   \
   X(rms_norm_fwd, RmsNormFwdParams)             \
   X(linear, LinearParams)                       \
   X(embedding, EmbeddingParams)
+
+// What only the CPU has so far.
+#define SSMCORE_FOR_EACH_GRADIENT_KERNEL(X)     \
+  X(selective_scan_bwd, SelectiveScanBwdParams) \
+  X(causal_conv1d_bwd, CausalConv1dBwdParams)   \
+  X(rms_norm_bwd, RmsNormBwdParams)             \
+  X(linear_bwd, LinearBwdParams)                \
+  X(embedding_bwd, EmbeddingBwdParams)          \
+  X(cross_entropy_fwd, CrossEntropyFwdParams)   \
+  X(cross_entropy_bwd, CrossEntropyBwdParams)
+
+// Compiled once per instruction set on the CPU.
+#define SSMCORE_FOR_EACH_VECTOR_KERNEL(X) \
+  SSMCORE_FOR_EACH_FORWARD_KERNEL(X)      \
+  SSMCORE_FOR_EACH_GRADIENT_KERNEL(X)
 
 #define SSMCORE_FOR_EACH_KERNEL(X)  \
   SSMCORE_FOR_EACH_VECTOR_KERNEL(X) \

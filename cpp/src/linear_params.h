@@ -16,4 +16,16 @@ struct LinearParams {
   Strided<2> out;   // (rows, out_features)
 };
 
+struct LinearBwdParams {
+  DType x_dtype, weight_dtype, dout_dtype;
+  int64_t rows, in_features, out_features;
+
+  Strided<2> x;                // (rows, in_features); with dweight
+  Strided<2> weight;           // (out_features, in_features); with dx
+  Strided<2> dout;             // (rows, out_features)
+  StridedGradient<2> dx;       // (rows, in_features)
+  StridedGradient<2> dweight;  // (out_features, in_features)
+  StridedGradient<1> dbias;    // (out_features)
+};
+
 }  // namespace ssmcore

@@ -15,4 +15,13 @@ struct RmsNormFwdParams {
   Strided<1> weight;                             // (dim)
 };
 
+struct RmsNormBwdParams {
+  RmsNormFwdParams fwd;  // the inputs; out and residual_out are null
+  DType dout_dtype, dresidual_out_dtype;
+
+  Strided<2> dout, dresidual_out;        // (rows, dim)
+  StridedGradient<2> dx, dresidual, dz;  // (rows, dim)
+  StridedGradient<1> dweight;            // (dim)
+};
+
 }  // namespace ssmcore

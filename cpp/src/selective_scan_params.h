@@ -31,6 +31,21 @@ struct SelectiveScanFwdParams {
   Strided<1> cu_seqlens;                 // (rows + 1)
 };
 
+struct SelectiveScanBwdParams {
+  SelectiveScanFwdParams fwd;    // the inputs; chunk_states are read, other outputs are null
+  int64_t ngroups_B, ngroups_C;  // of B and C themselves: 1, or ngroups
+
+  Strided<4> dout;         // (batch, nheads, headdim, seqlen)
+  Strided<4> dlast_state;  // (slots, nheads, headdim, dstate)
+
+  // Shaped as their inputs; of each of dB and dC at most one form is there.
+  StridedGradient<4> du, ddelta, dz;
+  StridedGradient<3> dA, constant_dB, constant_dC;
+  StridedGradient<4> dB, dC;
+  StridedGradient<2> dD, ddelta_bias;
+  StridedGradient<4> dinitial_state;
+};
+
 // From arguments whose channels are split into heads, (batch, nheads, headdim, seqlen) and so on,
 // and whose varying B and C have four dimensions.
 SelectiveScanFwdParams make_scan_params(const SelectiveScanFwdArgs& heads, int64_t ngroups);

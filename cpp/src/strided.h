@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "ssmcore/gradient.h"
 #include "ssmcore/tensor.h"
 
 namespace ssmcore {
@@ -18,6 +19,19 @@ struct Strided {
     for (int i = 0; i < Rank; ++i) stride[i] = view.strides[i];
   }
   explicit operator bool() const { return data != nullptr; }
+};
+
+// The same for a gradient.
+template <int Rank>
+struct StridedGradient : Strided<Rank> {
+  DType dtype = DType::float32;
+  bool accumulate = false;
+
+  StridedGradient() = default;
+  explicit StridedGradient(const Gradient& gradient)
+      : Strided<Rank>(gradient.tensor),
+        dtype(gradient.tensor.dtype),
+        accumulate(gradient.accumulate) {}
 };
 
 // ⌈n / d⌉ for n ≥ 0 and d > 0, whatever their size.

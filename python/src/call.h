@@ -12,6 +12,7 @@
 #include "device.h"
 #include "ssmcore/context.h"
 #include "ssmcore/error.h"
+#include "ssmcore/gradient.h"
 
 namespace ssmcore {
 
@@ -43,6 +44,13 @@ class Call {
       throw Error(ErrorCode::invalid_argument,
                   std::string(op_) + ": " + name + " is read-only, but would be written");
     return borrowed.view;
+  }
+
+  // A gradient that is written, or added to where the keyword `accumulate` holds its name.
+  Gradient gradient(const char* name) {
+    const bool accumulate =
+        arguments_.contains("accumulate") && arguments_["accumulate"].contains(name);
+    return {output(name), accumulate};
   }
 
   template <typename T>

@@ -2,6 +2,7 @@
 // their public form.
 #include "call.h"
 #include "ssmcore/causal_conv1d.h"
+#include "ssmcore/cross_entropy.h"
 #include "ssmcore/embedding.h"
 #include "ssmcore/linear.h"
 #include "ssmcore/mamba_block.h"
@@ -47,6 +48,37 @@ void py_selective_scan(const py::kwargs& arguments) {
   args.delta_sum = call.output("delta_sum");
   args.out = call.output("out");
   call.run(selective_scan_fwd_workspace_size, selective_scan_fwd, args);
+}
+
+void py_selective_scan_bwd(const py::kwargs& arguments) {
+  Call call("selective_scan_bwd", arguments);
+  SelectiveScanBwdArgs args;
+  args.u = call.input("u");
+  args.delta = call.input("delta");
+  args.A = call.input("A");
+  args.B = call.input("B");
+  args.C = call.input("C");
+  args.D = call.input("D");
+  args.z = call.input("z");
+  args.delta_bias = call.input("delta_bias");
+  args.delta_softplus = call.value<bool>("delta_softplus");
+  args.cu_seqlens = call.input("cu_seqlens");
+  args.initial_state = call.input("initial_state");
+  args.state_indices = call.input("state_indices");
+  args.chunk_states = call.input("chunk_states");
+  args.chunk_size = call.value<int64_t>("chunk_size");
+  args.dout = call.input("dout");
+  args.dlast_state = call.input("dlast_state");
+  args.du = call.gradient("du");
+  args.ddelta = call.gradient("ddelta");
+  args.dA = call.gradient("dA");
+  args.dB = call.gradient("dB");
+  args.dC = call.gradient("dC");
+  args.dD = call.gradient("dD");
+  args.dz = call.gradient("dz");
+  args.ddelta_bias = call.gradient("ddelta_bias");
+  args.dinitial_state = call.gradient("dinitial_state");
+  call.run(selective_scan_bwd_workspace_size, selective_scan_bwd, args);
 }
 
 void py_selective_state_update(const py::kwargs& arguments) {
@@ -96,6 +128,26 @@ void py_causal_conv1d_update(const py::kwargs& arguments) {
   call.run(causal_conv1d_update_workspace_size, causal_conv1d_update, args);
 }
 
+void py_causal_conv1d_bwd(const py::kwargs& arguments) {
+  Call call("causal_conv1d_bwd", arguments);
+  CausalConv1dBwdArgs args;
+  args.x = call.input("x");
+  args.weight = call.input("weight");
+  args.bias = call.input("bias");
+  args.activation = parse_activation("causal_conv1d_bwd", arguments);
+  args.initial_state = call.input("initial_state");
+  args.state_indices = call.input("state_indices");
+  args.cu_seqlens = call.input("cu_seqlens");
+  args.seq_idx = call.input("seq_idx");
+  args.dout = call.input("dout");
+  args.dfinal_state = call.input("dfinal_state");
+  args.dx = call.gradient("dx");
+  args.dweight = call.gradient("dweight");
+  args.dbias = call.gradient("dbias");
+  args.dinitial_state = call.gradient("dinitial_state");
+  call.run(causal_conv1d_bwd_workspace_size, causal_conv1d_bwd, args);
+}
+
 void py_rms_norm(const py::kwargs& arguments) {
   Call call("rms_norm", arguments);
   RmsNormFwdArgs args;
@@ -111,6 +163,25 @@ void py_rms_norm(const py::kwargs& arguments) {
   call.run(rms_norm_fwd_workspace_size, rms_norm_fwd, args);
 }
 
+void py_rms_norm_bwd(const py::kwargs& arguments) {
+  Call call("rms_norm_bwd", arguments);
+  RmsNormBwdArgs args;
+  args.x = call.input("x");
+  args.weight = call.input("weight");
+  args.residual = call.input("residual");
+  args.z = call.input("z");
+  args.group_size = call.value<int64_t>("group_size");
+  args.norm_before_gate = call.value<bool>("norm_before_gate");
+  args.eps = call.value<float>("eps");
+  args.dout = call.input("dout");
+  args.dresidual_out = call.input("dresidual_out");
+  args.dx = call.gradient("dx");
+  args.dresidual = call.gradient("dresidual");
+  args.dz = call.gradient("dz");
+  args.dweight = call.gradient("dweight");
+  call.run(rms_norm_bwd_workspace_size, rms_norm_bwd, args);
+}
+
 void py_linear(const py::kwargs& arguments) {
   Call call("linear", arguments);
   LinearArgs args;
@@ -121,6 +192,18 @@ void py_linear(const py::kwargs& arguments) {
   call.run(linear_workspace_size, linear, args);
 }
 
+void py_linear_bwd(const py::kwargs& arguments) {
+  Call call("linear_bwd", arguments);
+  LinearBwdArgs args;
+  args.x = call.input("x");
+  args.weight = call.input("weight");
+  args.dout = call.input("dout");
+  args.dx = call.gradient("dx");
+  args.dweight = call.gradient("dweight");
+  args.dbias = call.gradient("dbias");
+  call.run(linear_bwd_workspace_size, linear_bwd, args);
+}
+
 void py_embedding(const py::kwargs& arguments) {
   Call call("embedding", arguments);
   EmbeddingArgs args;
@@ -128,6 +211,40 @@ void py_embedding(const py::kwargs& arguments) {
   args.weight = call.input("weight");
   args.out = call.output("out");
   call.run<EmbeddingArgs>(nullptr, embedding, args);
+}
+
+void py_embedding_bwd(const py::kwargs& arguments) {
+  Call call("embedding_bwd", arguments);
+  EmbeddingBwdArgs args;
+  args.token_ids = call.input("token_ids");
+  args.dout = call.input("dout");
+  args.dweight = call.gradient("dweight");
+  call.run(embedding_bwd_workspace_size, embedding_bwd, args);
+}
+
+void py_cross_entropy(const py::kwargs& arguments) {
+  Call call("cross_entropy", arguments);
+  CrossEntropyFwdArgs args;
+  args.logits = call.input("logits");
+  args.targets = call.input("targets");
+  args.ignore_index = call.value<int64_t>("ignore_index");
+  args.loss = call.output("loss");
+  args.mean_loss = call.output("mean_loss");
+  args.lse = call.output("lse");
+  call.run(cross_entropy_fwd_workspace_size, cross_entropy_fwd, args);
+}
+
+void py_cross_entropy_bwd(const py::kwargs& arguments) {
+  Call call("cross_entropy_bwd", arguments);
+  CrossEntropyBwdArgs args;
+  args.logits = call.input("logits");
+  args.targets = call.input("targets");
+  args.ignore_index = call.value<int64_t>("ignore_index");
+  args.lse = call.input("lse");
+  args.dloss = call.input("dloss");
+  args.dmean_loss = call.input("dmean_loss");
+  args.dlogits = call.gradient("dlogits");
+  call.run(cross_entropy_bwd_workspace_size, cross_entropy_bwd, args);
 }
 
 void py_sample(const py::kwargs& arguments) {
@@ -176,12 +293,19 @@ void py_mamba_block(const py::kwargs& arguments) {
 
 void bind_ops(py::module_& module) {
   module.def("selective_scan", &py_selective_scan);
+  module.def("selective_scan_bwd", &py_selective_scan_bwd);
   module.def("selective_state_update", &py_selective_state_update);
   module.def("causal_conv1d", &py_causal_conv1d);
+  module.def("causal_conv1d_bwd", &py_causal_conv1d_bwd);
   module.def("causal_conv1d_update", &py_causal_conv1d_update);
   module.def("rms_norm", &py_rms_norm);
+  module.def("rms_norm_bwd", &py_rms_norm_bwd);
   module.def("linear", &py_linear);
+  module.def("linear_bwd", &py_linear_bwd);
   module.def("embedding", &py_embedding);
+  module.def("embedding_bwd", &py_embedding_bwd);
+  module.def("cross_entropy", &py_cross_entropy);
+  module.def("cross_entropy_bwd", &py_cross_entropy_bwd);
   module.def("sample", &py_sample);
   module.def("mamba_block", &py_mamba_block);
 }

@@ -4,7 +4,7 @@ An AnyArray is a NumPy array or anything with DLPack. Arrays are never copied; t
 written are changed in place. Failures are the exceptions of `ssmcore.errors`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -81,6 +81,7 @@ def synchronize(index: int, stream: int) -> None:
 
 # Operators. ssmcore/ops.py says what they compute; `out` and states are written. `on`: None for the
 # CPU, or (index of the GPU, stream, type of arrays, check, batch_invariant), as _outputs.py has it.
+# Gradients whose names `accumulate` holds are added to what is there.
 
 def selective_scan(
     *,
@@ -101,6 +102,36 @@ def selective_scan(
     chunk_size: int,
     delta_sum: AnyArray | None = None,
     out: AnyArray,
+) -> None: ...
+def selective_scan_bwd(
+    *,
+    on: Any,
+    dout: AnyArray,
+    u: AnyArray,
+    delta: AnyArray,
+    A: AnyArray,
+    B: AnyArray,
+    C: AnyArray,
+    D: AnyArray | None = None,
+    z: AnyArray | None = None,
+    delta_bias: AnyArray | None = None,
+    delta_softplus: bool,
+    cu_seqlens: AnyArray | None = None,
+    initial_state: AnyArray | None = None,
+    state_indices: AnyArray | None = None,
+    chunk_states: AnyArray | None = None,
+    chunk_size: int,
+    dlast_state: AnyArray | None = None,
+    du: AnyArray | None = None,
+    ddelta: AnyArray | None = None,
+    dA: AnyArray | None = None,
+    dB: AnyArray | None = None,
+    dC: AnyArray | None = None,
+    dD: AnyArray | None = None,
+    dz: AnyArray | None = None,
+    ddelta_bias: AnyArray | None = None,
+    dinitial_state: AnyArray | None = None,
+    accumulate: Collection[str] = (),
 ) -> None: ...
 def selective_state_update(
     *,
@@ -131,6 +162,25 @@ def causal_conv1d(
     final_state: AnyArray | None = None,
     out: AnyArray,
 ) -> None: ...
+def causal_conv1d_bwd(
+    *,
+    on: Any,
+    dout: AnyArray,
+    x: AnyArray,
+    weight: AnyArray,
+    bias: AnyArray | None = None,
+    activation: str | None,
+    initial_state: AnyArray | None = None,
+    state_indices: AnyArray | None = None,
+    cu_seqlens: AnyArray | None = None,
+    seq_idx: AnyArray | None = None,
+    dfinal_state: AnyArray | None = None,
+    dx: AnyArray | None = None,
+    dweight: AnyArray | None = None,
+    dbias: AnyArray | None = None,
+    dinitial_state: AnyArray | None = None,
+    accumulate: Collection[str] = (),
+) -> None: ...
 def causal_conv1d_update(
     *,
     on: Any,
@@ -156,10 +206,69 @@ def rms_norm(
     norm_before_gate: bool,
     eps: float,
 ) -> None: ...
+def rms_norm_bwd(
+    *,
+    on: Any,
+    dout: AnyArray,
+    x: AnyArray,
+    weight: AnyArray | None = None,
+    residual: AnyArray | None = None,
+    z: AnyArray | None = None,
+    group_size: int,
+    norm_before_gate: bool,
+    eps: float,
+    dresidual_out: AnyArray | None = None,
+    dx: AnyArray | None = None,
+    dresidual: AnyArray | None = None,
+    dz: AnyArray | None = None,
+    dweight: AnyArray | None = None,
+    accumulate: Collection[str] = (),
+) -> None: ...
 def linear(
     *, on: Any, x: AnyArray, weight: AnyArray, bias: AnyArray | None = None, out: AnyArray
 ) -> None: ...
+def linear_bwd(
+    *,
+    on: Any,
+    dout: AnyArray,
+    x: AnyArray | None = None,
+    weight: AnyArray | None = None,
+    dx: AnyArray | None = None,
+    dweight: AnyArray | None = None,
+    dbias: AnyArray | None = None,
+    accumulate: Collection[str] = (),
+) -> None: ...
 def embedding(*, on: Any, token_ids: AnyArray, weight: AnyArray, out: AnyArray) -> None: ...
+def embedding_bwd(
+    *,
+    on: Any,
+    dout: AnyArray,
+    token_ids: AnyArray,
+    dweight: AnyArray,
+    accumulate: Collection[str] = (),
+) -> None: ...
+def cross_entropy(
+    *,
+    on: Any,
+    logits: AnyArray,
+    targets: AnyArray,
+    ignore_index: int,
+    loss: AnyArray | None = None,
+    mean_loss: AnyArray | None = None,
+    lse: AnyArray | None = None,
+) -> None: ...
+def cross_entropy_bwd(
+    *,
+    on: Any,
+    logits: AnyArray,
+    targets: AnyArray,
+    ignore_index: int,
+    lse: AnyArray,
+    dloss: AnyArray | None = None,
+    dmean_loss: AnyArray | None = None,
+    dlogits: AnyArray,
+    accumulate: Collection[str] = (),
+) -> None: ...
 def sample(
     *,
     on: Any,

@@ -25,7 +25,7 @@ def silu(x: np.ndarray) -> np.ndarray:
     return x / (1 + np.exp(-x))
 
 
-def _per_channel(coefficients: np.ndarray, batch: int, dim: int, seqlen: int) -> np.ndarray:
+def per_channel(coefficients: np.ndarray, batch: int, dim: int, seqlen: int) -> np.ndarray:
     """B or C in any of its forms, as (batch, dim, dstate, seqlen).
 
     Constant: (dim, dstate). Variable: (batch, dstate, seqlen) or (batch, ngroups, dstate, seqlen),
@@ -58,8 +58,8 @@ def selective_scan(
     """(out, last_state) of the selective scan: (batch, dim, seqlen) and (batch, dim, dstate)."""
     u, delta, A = fp64(u), fp64(delta), fp64(A)
     batch, dim, seqlen = u.shape
-    B = _per_channel(B, batch, dim, seqlen)
-    C = _per_channel(C, batch, dim, seqlen)
+    B = per_channel(B, batch, dim, seqlen)
+    C = per_channel(C, batch, dim, seqlen)
     if delta_bias is not None:
         delta = delta + fp64(delta_bias)[:, None]
     if delta_softplus:

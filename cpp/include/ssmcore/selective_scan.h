@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ssmcore/context.h"
+#include "ssmcore/gradient.h"
 #include "ssmcore/tensor.h"
 
 namespace ssmcore {
@@ -56,5 +57,39 @@ size_t selective_scan_fwd_workspace_size(const SelectiveScanFwdArgs& args, const
 
 // Throws Error(invalid_argument) naming the tensor that does not fit.
 void selective_scan_fwd(const SelectiveScanFwdArgs& args, const Exec& exec);
+
+// The gradients of a scalar whose gradients with respect to out and last_state are given. Running
+// backward with dy = dout SiLU(z), and with overlines for complex conjugates:
+//
+//   dh[n](t)     = C̄[n](t) dy(t) + exp(Δ(t + 1) Ā[d, n]) dh[n](t + 1)         (complex A: 2 C̄ dy +
+//   …) dC[n](t)     = Σ_d h̄[n](t) dy(t)                                          (complex A: 2 h̄
+//   dy) dB[n](t)     = Σ_d dh[n](t) Δ(t) u(t) dA[d, n]     = Σ_t Δ(t) q[n](t),   q[n](t) = dh[n](t)
+//   exp(Δ(t) Ā[d, n]) h̄[n](t - 1) du(t)        = Δ(t) Re Σ_n dh[n](t) B̄[n](t) + D[d] dy(t) dΔ(t) =
+//   Re Σ_n (dh[n](t) B̄[n](t) u(t) + q[n](t) Ā[d, n])
+//
+// The states h are computed again, from chunk_states where the forward saved them.
+struct SelectiveScanBwdArgs {
+  // As the forward had them.
+  TensorView u, delta, A, B, C, D, z, delta_bias;
+  bool delta_softplus = false;
+  TensorView cu_seqlens;
+  TensorView initial_state;  // as it was before the forward
+  TensorView state_indices;  // of initial_state, dlast_state and dinitial_state
+  TensorView chunk_states;  // optional: as the forward wrote them. Absent, they are computed again,
+  int64_t chunk_size = 0;   // for about one more forward's time. 64 is the fastest on the CPU
+
+  TensorView dout;         // (batch, dim, seqlen), u's dtype
+  TensorView dlast_state;  // optional (slots, dim, dstate), A's dtype; absent: zeros
+
+  // Each is optional, has the shape and dtype of its input, and overlaps no input and no other
+  // gradient. Slots that state_indices does not name are left as they are.
+  Gradient du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state;
+};
+
+size_t selective_scan_bwd_workspace_size(const SelectiveScanBwdArgs& args, const Context& context);
+
+// Throws Error(invalid_argument) naming the tensor that does not fit. Same bits whatever the number
+// of threads.
+void selective_scan_bwd(const SelectiveScanBwdArgs& args, const Exec& exec);
 
 }  // namespace ssmcore

@@ -2,8 +2,9 @@
 #include "../causal_conv1d_params.h"
 #include "../scratch.h"
 #include "../thread_pool.h"
+#include "convolve.h"
+#include "float64.h"
 #include "ssmcore/context.h"
-#include "tile.h"
 #include "vec_math.h"
 
 namespace ssmcore::cpu::SSMCORE_CPU_NAMESPACE {
@@ -38,65 +39,16 @@ struct Workspace {
   }
 };
 
-// kWidth 0: any width.
-template <int kWidth>
-void convolve(const Workspace& w, int64_t any_width, int64_t steps) {
-  const int64_t width = kWidth > 0 ? kWidth : any_width;
-  const Vec bias = load(w.bias);
-  for (int64_t t = 0; t < steps; ++t) {
-    Vec sum = bias;
-    for (int64_t i = 0; i < width; ++i)
-      sum += load(w.weight + i * kLanes) * load(w.x + (t + i) * kLanes);
-    store(w.out + t * kLanes, sum);
-  }
-}
-
-void convolve(const Workspace& w, int64_t width, int64_t steps) {
-  switch (width) {
-    case 2:
-      return convolve<2>(w, width, steps);
-    case 3:
-      return convolve<3>(w, width, steps);
-    case 4:
-      return convolve<4>(w, width, steps);
-    default:
-      return convolve<0>(w, width, steps);
-  }
-}
-
-void copy_rows(float* to, const float* from, int64_t rows) {
-  std::memmove(to, from, sizeof(float) * rows * kLanes);
-}
-
-// out(t) over steps of one number each, `numbers` apart by `stride`, t counting from the chunk's
-// first step. A step sees those of its own number, and is 0 where that is negative.
-void convolve_numbered(const CausalConv1dFwdParams& p, const Workspace& w, const int32_t* numbers,
-                       int64_t stride, int64_t t, int64_t steps) {
-  const Vec bias = load(w.bias);
-  for (int64_t i = 0; i < steps; ++i) {
-    const int32_t number = numbers[(t + i) * stride];
-    Vec sum = bias;
-    for (int64_t k = 0; k < p.width; ++k) {
-      const int64_t from = t + i - (p.width - 1) + k;
-      if (from >= 0 && numbers[from * stride] == number)
-        sum += load(w.weight + k * kLanes) * load(w.x + (i + k) * kLanes);
-    }
-    store(w.out + i * kLanes, sum);
-  }
-}
-
-void zero_negative_steps(const Workspace& w, const int32_t* numbers, int64_t stride, int64_t t,
-                         int64_t steps) {
-  for (int64_t i = 0; i < steps; ++i)
-    if (numbers[(t + i) * stride] < 0) store(w.out + i * kLanes, Vec{});
-}
-
 // One row and one tile of channels.
 class Convolution {
  public:
   Convolution(const CausalConv1dFwdParams& p, const Workspace& w, const Rows::Row& row,
               int64_t row_index)
-      : p(p), w(w), row(row), history(p.width - 1) {
+      : p(p),
+        w(w),
+        row(row),
+        history(p.width - 1),
+        numbers(numbers_of(p.seq_idx, row.batch, p.seqlen)) {
     x = plane_of(p.x, p.dtype, row.batch);
     out = plane_of(p.out, p.dtype, row.batch);
     if (row.slot >= 0) {
@@ -105,8 +57,6 @@ class Convolution {
     }
     if (p.cache_seqlens)
       seen = integer_at(p.cache_seqlens.data, DType::int32, row_index * p.cache_seqlens.stride[0]);
-    if (p.seq_idx)
-      numbers = static_cast<const int32_t*>(p.seq_idx.data) + row.batch * p.seq_idx.stride[0];
   }
 
   void run(int64_t d, int64_t channels) const {
@@ -120,13 +70,13 @@ class Convolution {
       const int64_t steps = min(kMaxBlockL, row.end - t);
       load_tile(x, d, channels, t, steps, w.x + history * kLanes);
       if (numbers)
-        convolve_numbered(p, w, numbers, p.seq_idx.stride[1], t, steps);
+        convolve_numbered(w.weight, load(w.bias), w.x, p.width, numbers, t, history, steps, w.out);
       else
-        convolve(w, p.width, steps);
+        convolve(w.weight, load(w.bias), w.x, p.width, steps, w.out);
       if (p.activation == Activation::silu)
         for (int64_t i = 0; i < steps * kLanes; i += kLanes)
           store(w.out + i, silu(load(w.out + i)));
-      if (numbers) zero_negative_steps(w, numbers, p.seq_idx.stride[1], t, steps);
+      if (numbers) zero_negative_steps(numbers, t, steps, w.out);
       store_tile(w.out, out, d, channels, t, steps);
       copy_rows(w.x, w.x + steps * kLanes, history);
     }
@@ -166,18 +116,20 @@ class Convolution {
   const Workspace& w;
   const Rows::Row& row;
   const int64_t history;
+  const StepNumbers numbers;
   Plane x, out, initial_state, final_state;
-  int64_t seen = 0;                  // tokens before the row, of a circular state
-  const int32_t* numbers = nullptr;  // seq_idx of the row
+  int64_t seen = 0;  // tokens before the row, of a circular state
 };
 
 }  // namespace
 
 size_t causal_conv1d_fwd_workspace_size(const CausalConv1dFwdParams& p, const Context& context) {
+  if (p.dtype == DType::float64) return 0;
   return Scratch::product(Workspace::bytes(p), static_cast<size_t>(context.num_threads()));
 }
 
 void causal_conv1d_fwd(const CausalConv1dFwdParams& p, const Exec& exec) {
+  if (p.dtype == DType::float64) return causal_conv1d_fwd_float64(p);
   // A few tiles a task, so that waking a thread is worth while.
   constexpr int64_t kTaskDim = 4 * kLanes;
   const int64_t tasks_per_row = (p.dim + kTaskDim - 1) / kTaskDim;

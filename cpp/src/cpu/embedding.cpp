@@ -4,6 +4,7 @@
 #include "../embedding_params.h"
 #include "../scratch.h"
 #include "../thread_pool.h"
+#include "float64.h"
 #include "row.h"
 #include "ssmcore/context.h"
 
@@ -31,6 +32,7 @@ size_t embedding_workspace_size(const EmbeddingParams&, const Context&) {
 }
 
 void embedding(const EmbeddingParams& p, const Exec& exec) {
+  if (p.weight_dtype == DType::float64) return embedding_float64(p);
   const int64_t row_bytes = p.weight_row_stride * static_cast<int64_t>(dtype_size(p.weight_dtype));
   exec.context.thread_pool().parallel_for(
       (p.rows + kTaskRows - 1) / kTaskRows, useful_workers(p.rows * p.d_model, exec.context),

@@ -8,6 +8,7 @@
 #include "../linear_params.h"
 #include "../scratch.h"
 #include "../thread_pool.h"
+#include "float64.h"
 #include "product.h"
 
 namespace ssmcore::cpu::SSMCORE_CPU_NAMESPACE {
@@ -179,6 +180,7 @@ size_t linear_workspace_size(const LinearParams& p, const Context&) {
 }
 
 void linear(const LinearParams& p, const Exec& exec) {
+  if (p.dtype == DType::float64) return linear_float64(p);
 #if defined(__AVX512BF16__)
   if (p.dtype == DType::bfloat16 && p.weight_dtype == DType::bfloat16)
     return linear_with<Bfloat16Product>(p, exec);

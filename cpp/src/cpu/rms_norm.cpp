@@ -4,6 +4,7 @@
 #include "../rms_norm_params.h"
 #include "../scratch.h"
 #include "../thread_pool.h"
+#include "float64.h"
 #include "row.h"
 #include "vec_math.h"
 
@@ -73,6 +74,7 @@ size_t rms_norm_fwd_workspace_size(const RmsNormFwdParams& p, const Context& con
 }
 
 void rms_norm_fwd(const RmsNormFwdParams& p, const Exec& exec) {
+  if (p.dtype == DType::float64) return rms_norm_fwd_float64(p);
   const size_t bytes = Workspace::bytes(p);
   exec.context.thread_pool().parallel_for(
       (p.rows + kTaskRows - 1) / kTaskRows, workers_with_scratch(exec, bytes, p.rows * p.dim),

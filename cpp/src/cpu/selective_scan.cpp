@@ -1,10 +1,8 @@
 // The selective scan on the CPU: lanes are channels. Operands are staged as tiles of floats, chunk
 // by chunk, so the recurrence (scan_states.h) is the same for every dtype and layout.
 #include "../scratch.h"
-#include "../selective_scan_params.h"
 #include "../thread_pool.h"
-#include "scan_states.h"
-#include "tile.h"
+#include "scan_operands.h"
 
 namespace ssmcore::cpu {
 
@@ -19,18 +17,12 @@ namespace {
 // Steps staged at a time: B and C of a chunk and the tiles of four operands fit in the first-level
 // cache. Fewer when there are many states.
 constexpr int64_t kMaxBlockL = 64;
-// Channel tiles that share one staging of B and C.
-constexpr int64_t kMaxTiles = 4;
 
 int64_t block_l(const SelectiveScanFwdParams& p) {
   return max(1, min(min(4096 / p.dstate, kMaxBlockL), p.seqlen));
 }
 
-int parts_of(const SelectiveScanFwdParams& p) {
-  return p.complex ? 2 : 1;
-}
-
-// One worker's memory, as floats. Complex numbers come in parts.
+// One worker's memory, as floats.
 struct Workspace {
   int64_t per_part, per_tile;                  // values between parts, and between tiles
   float *A, *state, *constant_B, *constant_C;  // (tiles, parts, dstate, kLanes)
@@ -67,15 +59,15 @@ struct Task {
 class Scan {
  public:
   Scan(const SelectiveScanFwdParams& p, const Workspace& w, const Task& task)
-      : p(p), w(w), task(task), parts(parts_of(p)) {
+      : p(p), w(w), task(task) {
     const Rows::Row& row = task.row;
     u = plane_of(p.u, p.dtype, row.batch, task.head);
     delta = plane_of(p.delta, p.dtype, row.batch, task.head);
     z = plane_of(p.z, p.dtype, row.batch, task.head);
     out = plane_of(p.out, p.dtype, row.batch, task.head);
-    A = plane_of(p.A, state_dtype(), task.head);
+    A = plane_of(p.A, state_dtype(p), task.head);
     if (row.slot >= 0)
-      initial_state = plane_of(p.initial_state, state_dtype(), row.slot, task.head);
+      initial_state = plane_of(p.initial_state, state_dtype(p), row.slot, task.head);
   }
 
   // Asks for the memory that run() begins with.
@@ -86,7 +78,7 @@ class Scan {
 
   void run() {
     for_each_tile([&](int64_t tile, int64_t d, int64_t channels) { load(tile, d, channels); });
-    int64_t chunk = p.chunk_states ? first_chunk() : 0;
+    int64_t chunk = p.chunk_states ? first_chunk(p, task.row_index) : 0;
     for (int64_t t = task.row.begin; t < task.row.end;) {
       // Steps up to the next state that is asked for.
       const int64_t done = t - task.row.begin, asked = p.chunk_size - done % max(1, p.chunk_size);
@@ -95,10 +87,10 @@ class Scan {
       advance(t, steps);
       t += steps;
       if (p.chunk_states && (steps == asked || t == task.row.end))
-        store_states(plane_of(p.chunk_states, state_dtype(), task.row.batch, chunk++, task.head));
+        store_states(plane_of(p.chunk_states, state_dtype(p), task.row.batch, chunk++, task.head));
     }
     if (p.last_state && task.row.slot >= 0)
-      store_states(plane_of(p.last_state, state_dtype(), task.row.slot, task.head));
+      store_states(plane_of(p.last_state, state_dtype(p), task.row.slot, task.head));
     if (p.delta_sum) {
       const Plane sum = column_of(p.delta_sum, DType::float32, task.row_index, task.head);
       for_each_tile([&](int64_t tile, int64_t d, int64_t channels) {
@@ -113,42 +105,26 @@ class Scan {
     cpu::SSMCORE_CPU_NAMESPACE::for_each_tile(task.d_begin, task.d_end, body);
   }
 
-  DType state_dtype() const { return p.complex ? DType::complex64 : DType::float32; }
-
-  // A (headdim, dstate) parameter or state into its tile, part by part.
-  void load_parts(const Plane& plane, int64_t d, int64_t channels, float* tile) const {
-    for (int part = 0; part < parts; ++part)
-      load_tile_or_zeros(p.complex ? part_of(plane, part) : plane, d, channels, p.dstate,
-                         tile + part * w.per_part);
-  }
-
-  void scale(float* part, float factor) const {
-    for (int64_t i = 0; i < w.per_part; i += kLanes)
-      store(part + i, cpu::SSMCORE_CPU_NAMESPACE::load(part + i) * factor);
-  }
-
   void load(int64_t tile, int64_t d, int64_t channels) const {
     const int64_t at = tile * w.per_tile;
-    load_parts(A, d, channels, w.A + at);
-    scale(w.A + at, kLog2e);
-    if (p.complex) scale(w.A + at + w.per_part, kTurnsPerRadian);
+    load_decay(p, task.head, d, channels, w.A + at);
     if (p.constant_B)
-      load_parts(plane_of(p.constant_B, state_dtype(), task.head), d, channels, w.constant_B + at);
+      load_parts(plane_of(p.constant_B, state_dtype(p), task.head), p, d, channels,
+                 w.constant_B + at);
     if (p.constant_C)
-      load_parts(plane_of(p.constant_C, state_dtype(), task.head), d, channels, w.constant_C + at);
-    load_parts(initial_state, d, channels, w.state + at);
-    load_tile_or_zeros(column_of(p.D, DType::float32, task.head), d, channels, 1,
-                       w.D + tile * kLanes);
-    load_tile_or_zeros(column_of(p.delta_bias, DType::float32, task.head), d, channels, 1,
-                       w.delta_bias + tile * kLanes);
+      load_parts(plane_of(p.constant_C, state_dtype(p), task.head), p, d, channels,
+                 w.constant_C + at);
+    load_parts(initial_state, p, d, channels, w.state + at);
+    load_column(p.D, task.head, d, channels, w.D + tile * kLanes);
+    load_column(p.delta_bias, task.head, d, channels, w.delta_bias + tile * kLanes);
     store(w.delta_sum + tile * kLanes, Vec{});
     store(w.delta_sum_lost + tile * kLanes, Vec{});
   }
 
   void advance(int64_t t, int64_t steps) const {
     const int64_t group = task.head / (p.nheads / p.ngroups);
-    if (p.B) stage_coefficients(plane_of(p.B, p.dtype, task.row.batch, group), t, steps, w.B);
-    if (p.C) stage_coefficients(plane_of(p.C, p.dtype, task.row.batch, group), t, steps, w.C);
+    if (p.B) stage_coefficients(plane_of(p.B, p.dtype, task.row.batch, group), p, t, steps, w.B);
+    if (p.C) stage_coefficients(plane_of(p.C, p.dtype, task.row.batch, group), p, t, steps, w.C);
     for_each_tile([&](int64_t tile, int64_t d, int64_t channels) {
       stage_inputs(tile, d, channels, t, steps);
       const int64_t at = tile * w.per_tile;
@@ -165,30 +141,6 @@ class Scan {
       scan_states(states, p.complex, static_cast<bool>(p.constant_B),
                   static_cast<bool>(p.constant_C));
       finish(tile, d, channels, t, steps);
-    });
-  }
-
-  // B or C of one group over a chunk, (dstate, parts · seqlen), as floats (steps, dstate, parts).
-  void stage_coefficients(const Plane& plane, int64_t t, int64_t steps, float* staged) const {
-    with_type(p.dtype, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      const int64_t stride_n = plane.stride_d, stride_t = parts * plane.stride_t;
-      const T* from = static_cast<const T*>(plane.data) + t * stride_t;
-      if (stride_n == 1 && parts == 1) {
-        for (int64_t i = 0; i < steps; ++i) {
-          const T* row = from + i * stride_t;
-          int64_t n = 0;
-          for (; n + kLanes <= p.dstate; n += kLanes)
-            store(staged + i * p.dstate + n, cpu::SSMCORE_CPU_NAMESPACE::load(row + n));
-          for (; n < p.dstate; ++n) staged[i * p.dstate + n] = to_float(row[n]);
-        }
-        return;
-      }
-      for (int64_t n = 0; n < p.dstate; ++n)
-        for (int64_t i = 0; i < steps; ++i)
-          for (int part = 0; part < parts; ++part)
-            staged[(i * p.dstate + n) * parts + part] =
-                to_float(from[n * stride_n + i * stride_t + part * plane.stride_t]);
     });
   }
 
@@ -232,28 +184,15 @@ class Scan {
 
   void store_states(const Plane& states) const {
     for_each_tile([&](int64_t tile, int64_t d, int64_t channels) {
-      for (int part = 0; part < parts; ++part)
-        store_tile(w.state + tile * w.per_tile + part * w.per_part,
-                   p.complex ? part_of(states, part) : states, d, channels, 0, p.dstate);
+      for (int part = 0; part < parts_of(p); ++part)
+        store_tile(w.state + tile * w.per_tile + part * w.per_part, part_of_state(states, part), d,
+                   channels, 0, p.dstate);
     });
   }
-
-  // The row's first entry in chunk_states: packed rows follow one another.
-  int64_t first_chunk() const {
-    if (!p.cu_seqlens) return 0;
-    const Rows rows{p.cu_seqlens, {}, p.seqlen};
-    int64_t chunks = 0;
-    for (int64_t row = 0; row < task.row_index; ++row)
-      chunks += ceil_div(rows.boundary(row + 1) - rows.boundary(row), p.chunk_size);
-    return chunks;
-  }
-
-  static constexpr float kTurnsPerRadian = 0.159154943091895336f;
 
   const SelectiveScanFwdParams& p;
   const Workspace& w;
   const Task task;
-  const int parts;
   Plane u, delta, z, out, A, initial_state;
 };
 

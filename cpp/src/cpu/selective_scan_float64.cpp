@@ -1,27 +1,14 @@
 // The selective scan in float64, for checking gradients and other kernels: the formulas of
 // ssmcore/selective_scan.h, one channel at a time. Compiled once.
-#include <algorithm>
 #include <cmath>
 
 #include "../scratch.h"
-#include "../selective_scan_params.h"
 #include "../thread_pool.h"
+#include "scan_float64.h"
 
 namespace ssmcore::cpu {
 namespace {
 
-template <int Rank, typename... Index>
-double* at(const Strided<Rank>& tensor, Index... index) {
-  static_assert(sizeof...(Index) == Rank);
-  int64_t offset = 0;
-  int dim = 0;
-  ((offset += index * tensor.stride[dim++]), ...);
-  return static_cast<double*>(tensor.data) + offset;
-}
-
-double softplus(double x) {
-  return x > 20 ? x : std::log1p(std::exp(x));
-}
 double silu(double x) {
   return x / (1 + std::exp(-x));
 }
@@ -29,26 +16,19 @@ double silu(double x) {
 // Channel (h, p) of row `row`; `state` holds dstate values.
 void scan_channel(const SelectiveScanFwdParams& s, int64_t row, int64_t h, int64_t p,
                   double* state) {
-  const auto boundary = [&](int64_t i) {
-    return integer_at(s.cu_seqlens.data, DType::int32, i * s.cu_seqlens.stride[0]);
-  };
-  const bool packed = static_cast<bool>(s.cu_seqlens);
-  const int64_t b = packed ? 0 : row, begin = packed ? boundary(row) : 0;
-  const int64_t end = packed ? boundary(row + 1) : s.seqlen, g = h / (s.nheads / s.ngroups);
-  const int64_t slot = s.state_indices ? integer_at(s.state_indices.data, DType::int32,
-                                                    row * s.state_indices.stride[0])
-                                       : row;
+  const Row64 r(s, row);
+  const int64_t b = r.batch, g = h / (s.nheads / s.ngroups);
   int64_t chunk = 0;
-  for (int64_t i = 0; packed && s.chunk_states && i < row; ++i)
-    chunk += ceil_div(boundary(i + 1) - boundary(i), s.chunk_size);
+  for (int64_t i = 0; s.cu_seqlens && s.chunk_states && i < row; ++i)
+    chunk += ceil_div(Row64(s, i).end - Row64(s, i).begin, s.chunk_size);
 
   for (int64_t n = 0; n < s.dstate; ++n)
-    state[n] = s.initial_state && slot >= 0 ? *at(s.initial_state, slot, h, p, n) : 0;
+    state[n] = s.initial_state && r.slot >= 0 ? *at(s.initial_state, r.slot, h, p, n) : 0;
   double delta_sum = 0;
-  for (int64_t t = begin; t < end; ++t) {
+  for (int64_t t = r.begin; t < r.end; ++t) {
     const double u = *at(s.u, b, h, p, t);
     double delta = *at(s.delta, b, h, p, t) + (s.delta_bias ? *at(s.delta_bias, h, p) : 0);
-    if (s.delta_softplus) delta = softplus(delta);
+    if (s.delta_softplus) delta = softplus64(delta);
     delta_sum += delta;
     double y = 0;
     for (int64_t n = 0; n < s.dstate; ++n) {
@@ -60,13 +40,13 @@ void scan_channel(const SelectiveScanFwdParams& s, int64_t row, int64_t h, int64
     if (s.D) y += *at(s.D, h, p) * u;
     if (s.z) y *= silu(*at(s.z, b, h, p, t));
     *at(s.out, b, h, p, t) = y;
-    if (s.chunk_states && ((t + 1 - begin) % s.chunk_size == 0 || t + 1 == end)) {
+    if (s.chunk_states && ((t + 1 - r.begin) % s.chunk_size == 0 || t + 1 == r.end)) {
       for (int64_t n = 0; n < s.dstate; ++n) *at(s.chunk_states, b, chunk, h, p, n) = state[n];
       ++chunk;
     }
   }
-  if (s.last_state && slot >= 0)
-    for (int64_t n = 0; n < s.dstate; ++n) *at(s.last_state, slot, h, p, n) = state[n];
+  if (s.last_state && r.slot >= 0)
+    for (int64_t n = 0; n < s.dstate; ++n) *at(s.last_state, r.slot, h, p, n) = state[n];
   if (s.delta_sum) *at(s.delta_sum, row, h, p) = delta_sum;
 }
 

@@ -8,6 +8,7 @@ namespace ssmcore::cpu::SSMCORE_CPU_NAMESPACE {
 
 inline constexpr float kLog2e = 1.44269504088896341f;
 inline constexpr float kLn2 = 0.693147180559945309f;
+inline constexpr float kTurnsPerRadian = 0.159154943091895336f;
 
 // 2^x. Exactly 1 at 0, so that a state under Δ = 0 stays as it is.
 SSMCORE_INLINE Vec exp2(Vec x) {
@@ -65,8 +66,18 @@ SSMCORE_INLINE Vec softplus(Vec x) {
   return select(x > 20.0f, x, log_sum);
 }
 
+SSMCORE_INLINE Vec sigmoid(Vec x) {
+  return 1.0f / (1.0f + exp(-x));
+}
+
 SSMCORE_INLINE Vec silu(Vec x) {
   return x / (1.0f + exp(-x));
+}
+
+// The derivative of SiLU.
+SSMCORE_INLINE Vec silu_slope(Vec x) {
+  const Vec s = sigmoid(x);
+  return s * (1.0f + x * (1.0f - s));
 }
 
 // The sine and cosine of an angle in turns. Polynomials cover a quarter turn to either side; what

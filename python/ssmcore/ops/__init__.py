@@ -24,18 +24,39 @@ from __future__ import annotations
 
 from .block import mamba_block
 from .convolution import causal_conv1d, causal_conv1d_update
+from .convolution_gradients import CausalConv1dGradients, causal_conv1d_bwd
 from .dense import embedding, linear, rms_norm
+from .dense_gradients import (
+    LinearGradients,
+    RmsNormGradients,
+    embedding_bwd,
+    linear_bwd,
+    rms_norm_bwd,
+)
+from .loss import cross_entropy, cross_entropy_bwd
 from .sampling import sample
 from .scan import selective_scan, selective_state_update
+from .scan_gradients import SelectiveScanGradients, selective_scan_bwd
 
 __all__ = [
+    "CausalConv1dGradients",
+    "LinearGradients",
+    "RmsNormGradients",
+    "SelectiveScanGradients",
     "causal_conv1d",
+    "causal_conv1d_bwd",
     "causal_conv1d_update",
+    "cross_entropy",
+    "cross_entropy_bwd",
     "embedding",
+    "embedding_bwd",
     "linear",
+    "linear_bwd",
     "mamba_block",
     "rms_norm",
+    "rms_norm_bwd",
     "sample",
     "selective_scan",
+    "selective_scan_bwd",
     "selective_state_update",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,44 @@ def empty_like(library: Library, array: Array) -> Array:
         batch, dim, seqlen = array.shape
         return library.empty((batch, seqlen, dim), dtype_name(array)).swapaxes(1, 2)
     return library.empty(array.shape, dtype_name(array))
+
+
+def gradients_of(
+    library: Library,
+    operator: str,
+    inputs: Mapping[str, Array | None],
+    needs: Collection[str] | None,
+    *,
+    contiguous: bool = False,
+) -> dict[str, Array | None]:
+    """Memory for the gradients of an operator's inputs, "d" + name; None for what is not needed.
+
+    It lies as the inputs do, or is contiguous.
+    """
+    unknown = set(needs or ()) - set(inputs)
+    if unknown:
+        raise InvalidArgumentError(
+            f"{operator}: needs holds {min(unknown)!r}, expected some of {', '.join(inputs)}"
+        )
+    gradients: dict[str, Array | None] = {}
+    for name, array in inputs.items():
+        gradients[f"d{name}"] = None
+        if array is None or (needs is not None and name not in needs):
+            continue
+        require_array(array, f"{operator}: {name}")
+        if contiguous:
+            gradients[f"d{name}"] = library.empty(array.shape, dtype_name(array))
+        else:
+            gradients[f"d{name}"] = empty_like(library, array)
+    return gradients
+
+
+def handed_over(library: Library, gradients: Mapping[str, Array | None]) -> dict[str, Array | None]:
+    """What `gradients_of` made, once it is written, for the caller."""
+    return {
+        name: None if gradient is None else library.hand_over(gradient)
+        for name, gradient in gradients.items()
+    }
 
 
 def rows(array: Array) -> Array:
