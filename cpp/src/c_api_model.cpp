@@ -1,6 +1,7 @@
 // The C interface: language models and their states.
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 
 #include "c_api_call.h"
 #include "ssmcore/c_api.h"
@@ -16,7 +17,7 @@ struct HeldModel {
 }  // namespace ssmcore::c_api
 
 struct ssmcore_model {
-  std::shared_ptr<const ssmcore::c_api::HeldModel> held;
+  std::shared_ptr<ssmcore::c_api::HeldModel> held;
 };
 
 struct ssmcore_state {
@@ -28,6 +29,7 @@ namespace ssmcore::c_api {
 namespace {
 
 constexpr const char* kModel = "language_model";
+constexpr const char* kTraining = "loss_and_gradients";
 
 ModelState* to_state(ssmcore_state* state) {
   return state ? &state->state : nullptr;
@@ -57,6 +59,23 @@ LanguageModelFwdArgs lower(const ssmcore_model_step_args& c) {
   args.state = to_state(c.state);
   args.state_indices = tensor(c.state_indices, "state_indices");
   args.logits = tensor(c.logits, "logits");
+  return args;
+}
+
+LanguageModelTrainArgs lower(const ssmcore_model_loss_and_gradients_args& c) {
+  const TensorReader tensor(kTraining);
+  LanguageModelTrainArgs args;
+  args.token_ids = tensor(c.token_ids, "token_ids");
+  args.targets = tensor(c.targets, "targets");
+  args.cu_seqlens = tensor(c.cu_seqlens, "cu_seqlens");
+  args.num_targets = c.num_targets;
+  args.recompute_layers = c.recompute_layers != 0;
+  args.loss = tensor(c.loss, "loss");
+  for (int64_t i = 0; i < c.num_gradients; ++i) {
+    const ssmcore_named_gradient& given = required(kTraining, "gradients", c.gradients + i);
+    const char* name = &required(kTraining, "a gradient's name", given.name);
+    args.gradients[name] = {tensor(given.tensor, name), given.accumulate != 0};
+  }
   return args;
 }
 
@@ -116,11 +135,13 @@ ssmcore_status ssmcore_model_load(const ssmcore_context* context, const char* fo
   return guarded([&] {
     required(kOp, "model", model) = nullptr;
     const std::shared_ptr<HeldContext>& held = required(kOp, "context", context).held;
-    const ssmcore_dtype dtype = read_options(kOp, options).dtype;
+    const ssmcore_model_options given = read_options(kOp, options);
+    const ssmcore_dtype dtype = given.dtype;
     LoadOptions load_options;
+    load_options.trainable = given.trainable != 0;
     if (dtype.bits != 0) load_options.dtype = to_dtype("model_load: the model", dtype);
     const Checkpoint checkpoint = open_checkpoint(&required(kOp, "folder", folder));
-    *model = new ssmcore_model{std::shared_ptr<const HeldModel>(
+    *model = new ssmcore_model{std::shared_ptr<HeldModel>(
         new HeldModel{held, LanguageModel(checkpoint, held->context, load_options)})};
   });
 }
@@ -206,4 +227,65 @@ ssmcore_status ssmcore_model_step_workspace_size(const ssmcore_model* model,
 ssmcore_status ssmcore_model_step(const ssmcore_model* model, const ssmcore_model_step_args* args,
                                   void* workspace, size_t workspace_bytes, void* stream) {
   return run(model, args, workspace, workspace_bytes, stream);
+}
+
+ssmcore_status ssmcore_model_num_parameters(const ssmcore_model* model, int64_t* num_parameters) {
+  constexpr const char* kOp = "model_num_parameters";
+  return guarded([&] {
+    required(kOp, "num_parameters", num_parameters) =
+        static_cast<int64_t>(required(kOp, "model", model).held->model.parameters().size());
+  });
+}
+
+ssmcore_status ssmcore_model_get_parameter(const ssmcore_model* model, int64_t index,
+                                           ssmcore_model_parameter* parameter) {
+  constexpr const char* kOp = "model_get_parameter";
+  return guarded([&] {
+    const size_t size = required(kOp, "parameter", parameter).struct_size;
+    check_struct_size(kOp, "parameter", size, sizeof *parameter);
+    const auto& parameters = required(kOp, "model", model).held->model.parameters();
+    const auto count = static_cast<int64_t>(parameters.size());
+    if (index < 0 || index >= count)
+      throw Error(ErrorCode::invalid_argument, std::string(kOp) + ": index is " +
+                                                   std::to_string(index) + ", expected 0 to " +
+                                                   std::to_string(count - 1));
+    const auto& [name, tensor] = *std::next(parameters.begin(), index);
+    ssmcore_model_parameter known{};
+    known.struct_size = size;
+    known.name = name.c_str();
+    known.tensor.data = tensor.data;
+    known.tensor.device = {SSMCORE_DEVICE_CPU, 0};
+    known.tensor.ndim = tensor.rank;
+    known.tensor.dtype = from_dtype(tensor.dtype);
+    known.tensor.shape = tensor.shape;
+    std::memset(parameter, 0, size);
+    std::memcpy(parameter, &known, std::min(size, sizeof known));
+  });
+}
+
+ssmcore_status ssmcore_model_refresh(ssmcore_model* model) {
+  return guarded([&] { required("model_refresh", "model", model).held->model.refresh(); });
+}
+
+ssmcore_status ssmcore_model_loss_and_gradients_workspace_size(
+    const ssmcore_model* model, const ssmcore_model_loss_and_gradients_args* args, size_t* bytes) {
+  return guarded([&] {
+    const HeldModel& held = *required(kTraining, "model", model).held;
+    required(kTraining, "bytes", bytes) = held.model.loss_and_gradients_workspace_size(
+        lower(read_struct(kTraining, "args", args)), held.context->context);
+  });
+}
+
+ssmcore_status ssmcore_model_loss_and_gradients(const ssmcore_model* model,
+                                                const ssmcore_model_loss_and_gradients_args* c_args,
+                                                void* workspace, size_t workspace_bytes,
+                                                void* stream) {
+  return guarded([&] {
+    const HeldModel& held = *required(kTraining, "model", model).held;
+    const LanguageModelTrainArgs args = lower(read_struct(kTraining, "args", c_args));
+    with_workspace(
+        kTraining, {held.context->context, workspace, workspace_bytes, stream},
+        [&] { return held.model.loss_and_gradients_workspace_size(args, held.context->context); },
+        [&](const Exec& exec) { held.model.loss_and_gradients(args, exec); });
+  });
 }

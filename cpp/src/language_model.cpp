@@ -5,7 +5,7 @@
 #include <numeric>
 
 #include "checks.h"
-#include "mixer.h"
+#include "language_model_parts.h"
 #include "scratch.h"
 #include "ssmcore/embedding.h"
 #include "ssmcore/error.h"
@@ -79,27 +79,6 @@ struct PackedChunk {
   }
 };
 
-// residual += hidden; normed = norm(residual). Without hidden there is nothing to add.
-RmsNormFwdArgs add_and_norm(const TensorView& hidden, const TensorView& residual,
-                            const TensorView& weight, float eps, const TensorView& normed) {
-  RmsNormFwdArgs args;
-  args.weight = weight;
-  args.eps = eps;
-  args.out = normed;
-  args.x = hidden ? hidden : residual;
-  if (hidden) args.residual = args.residual_out = residual;
-  return args;
-}
-
-}  // namespace
-
-struct LanguageModel::Layer {
-  TensorView norm;
-  std::unique_ptr<Mixer> mixer;
-};
-
-namespace {
-
 // Of each model in the process: an address would come again.
 uint64_t next_serial() {
   static std::atomic<uint64_t> serial{0};
@@ -121,7 +100,10 @@ struct LanguageModel::Activations {
 
 LanguageModel::LanguageModel(const Checkpoint& checkpoint, const Context& context,
                              const LoadOptions& options)
-    : checkpoint_(checkpoint), dtype_(options.dtype), serial_(next_serial()) {
+    : checkpoint_(options.trainable ? float32_copy(checkpoint) : checkpoint),
+      dtype_(options.dtype),
+      trainable_(options.trainable),
+      serial_(next_serial()) {
   Checks("language_model", context.device())
       .require(std::find(kActivationTypes.begin(), kActivationTypes.end(), dtype_) !=
                    kActivationTypes.end(),
@@ -130,6 +112,15 @@ LanguageModel::LanguageModel(const Checkpoint& checkpoint, const Context& contex
                         ", expected float32, bfloat16 or float16";
                });
   allocator_ = &context.allocator();
+  load();
+}
+
+LanguageModel::~LanguageModel() = default;
+LanguageModel::LanguageModel(LanguageModel&&) noexcept = default;
+
+void LanguageModel::load() {
+  layers_.clear();
+  buffers_.clear();
   WeightLoader loader(checkpoint_.tensors, *allocator_, buffers_);
   constexpr int64_t kNoLayer = WeightLoader::kNoLayer;
   const int64_t d_model = config().d_model;
@@ -149,11 +140,14 @@ LanguageModel::LanguageModel(const Checkpoint& checkpoint, const Context& contex
     layers_.push_back(std::move(layer));
   }
   loader.finish();
-  num_parameters_ = loader.num_parameters();
+  if (parameters_.empty()) parameters_ = loader.taken();  // never others: pointers to them stay
 }
 
-LanguageModel::~LanguageModel() = default;
-LanguageModel::LanguageModel(LanguageModel&&) noexcept = default;
+int64_t LanguageModel::num_parameters() const {
+  int64_t sum = 0;
+  for (const auto& [name, tensor] : parameters_) sum += tensor.numel();
+  return sum;
+}
 
 ModelState LanguageModel::new_state(int64_t num_slots) const {
   std::vector<std::vector<StateSpec>> states;
@@ -175,7 +169,8 @@ size_t LanguageModel::chunk_workspace_size(int64_t batch, int64_t length,
   PackedChunk(length, device, scratch);
   const Activations at(batch, length, config().d_model, dtype_, device, scratch);
   size_t largest = rms_norm_fwd_workspace_size(
-      add_and_norm(flat(at.hidden), flat(at.residual), norm_f_, config().norm_eps, flat(at.normed)),
+      add_and_norm(flat(at.hidden), flat(at.residual), flat(at.residual), norm_f_,
+                   config().norm_eps, flat(at.normed)),
       context);
 
   const auto add_mixers = [&](const TensorView& cu_seqlens, int64_t slots) {
@@ -297,8 +292,8 @@ void LanguageModel::forward_layers(const TensorView& token_ids, const ModelState
 
   TensorView hidden;  // of the layer before
   for (size_t i = 0; i < layers_.size(); ++i) {
-    rms_norm_fwd(add_and_norm(hidden, flat(at.residual), layers_[i].norm, config().norm_eps,
-                              flat(at.normed)),
+    rms_norm_fwd(add_and_norm(hidden, flat(at.residual), flat(at.residual), layers_[i].norm,
+                              config().norm_eps, flat(at.normed)),
                  exec);
     layers_[i].mixer->forward(
         {at.normed, at.hidden, state.tensors_[i].data(), state_indices, cu_seqlens}, exec);
@@ -308,7 +303,7 @@ void LanguageModel::forward_layers(const TensorView& token_ids, const ModelState
 
 void LanguageModel::final_norm(const TensorView& hidden, const TensorView& residual,
                                const TensorView& normed, const Exec& exec) const {
-  rms_norm_fwd(add_and_norm(hidden, residual, norm_f_, config().norm_eps, normed), exec);
+  rms_norm_fwd(add_and_norm(hidden, residual, residual, norm_f_, config().norm_eps, normed), exec);
 }
 
 void LanguageModel::all_logits(const TensorView& logits, const Activations& at,

@@ -4,14 +4,32 @@
 #include <tuple>
 
 #include "checks.h"
+#include "mamba_block_parts.h"
 #include "scratch.h"
 #include "ssmcore/causal_conv1d.h"
 #include "ssmcore/linear.h"
+#include "ssmcore/mamba_block_train.h"
 #include "ssmcore/rms_norm.h"
 #include "ssmcore/selective_scan.h"
 
 namespace ssmcore {
 namespace {
+
+// A state before and after the pass, which may be the same memory, and what the caller calls it.
+struct State {
+  TensorView before, after;
+  const char *before_name, *after_name;
+};
+
+// One forward pass. What is absent in `saved` is not kept.
+struct Pass {
+  const char* op;
+  const MambaBlockWeights* weights;
+  TensorView x, out;
+  State conv_state, ssm_state;
+  TensorView state_indices, cu_seqlens;
+  MambaBlockSaved saved;
+};
 
 // The block's operators in order, their operands placed in the caller's tensors and the scratch.
 struct Plan {
@@ -19,12 +37,12 @@ struct Plan {
   CausalConv1dFwdArgs conv;
   LinearArgs x_proj;
   bool has_norms = false;
-  RmsNormFwdArgs norms[3];  // of Δ, B and C, in place
+  RmsNormFwdArgs norms[3];  // of Δ, B and C
   LinearArgs dt_proj;
   SelectiveScanFwdArgs scan;
   LinearArgs out_proj;
 
-  Plan(const MambaBlockFwdArgs& args, const Context& context, Scratch& scratch);
+  Plan(const Pass& pass, const Context& context, Scratch& scratch);
 
   size_t largest_workspace(const Context& context) const {
     size_t largest = std::max(
@@ -39,127 +57,118 @@ struct Plan {
   }
 };
 
-// (batch, seqlen, n), contiguous or a slice along n of such, as (batch · seqlen, n).
-TensorView as_rows(const TensorView& tensor) {
-  TensorView rows = tensor.select(0, 0);
-  rows.shape[0] = tensor.shape[0] * tensor.shape[1];
-  return rows;
-}
+Plan::Plan(const Pass& pass, const Context& context, Scratch& scratch) {
+  const Checks check(pass.op, context.device());
+  const MambaBlockSizes is(check, pass.weights, pass.x, pass.cu_seqlens);
+  const MambaBlockWeights& weights = *pass.weights;
+  check.output(pass.out, "out", {is.batch, is.seqlen, is.d_model}, {is.dtype});
+  check_contiguous(check, pass.out, "out");
+  const Dim steps{"width - 1", is.width.size - 1};
+  for (const auto& [state, size, dtype] : {std::tuple{&pass.conv_state, steps, is.dtype},
+                                           std::tuple{&pass.ssm_state, is.dstate, is.parameter}})
+    for (const auto& [tensor, name] :
+         {std::pair{&state->before, state->before_name}, {&state->after, state->after_name}}) {
+      if (!*tensor) continue;
+      const Dim slots{"slots", pass.state_indices ? tensor->shape[0] : is.rows};
+      if (tensor == &state->after)
+        check.output(*tensor, name, {slots, is.dim, size}, {dtype});
+      else
+        check.input(*tensor, name, {slots, is.dim, size}, {dtype});
+      check.state_indices(pass.state_indices, is.rows, slots.size);
+    }
 
-// Token-major (batch, seqlen, n) as the operators' (batch, n, seqlen).
-TensorView channels_first(const TensorView& tensor) {
-  return tensor.transpose(1, 2);
-}
-
-Plan::Plan(const MambaBlockFwdArgs& args, const Context& context, Scratch& scratch) {
-  const Checks check("mamba_block", context.device());
-  check.require(args.weights != nullptr, [] { return std::string("weights are missing"); });
-  const MambaBlockWeights& weights = *args.weights;
-  check.rank(args.x, "x", 3, "(batch, seqlen, d_model)");
-  check.rank(weights.A, "A", 2, "(dim, dstate)");
-  check.rank(weights.dt_proj.data, "dt_proj", 2, "(dim, dt_rank)");
-  const Dim batch{"batch", args.x.shape[0]}, seqlen{"seqlen", args.x.shape[1]},
-      d_model{"d_model", args.x.shape[2]}, dim{"dim", weights.A.shape[0]},
-      dstate{"dstate", weights.A.shape[1]}, dt_rank{"dt_rank", weights.dt_proj.cols()};
-  const DType dtype = args.x.dtype;
-  check.input(args.x, "x", {batch, seqlen, d_model}, kActivationTypes);
-  check.output(args.out, "out", {batch, seqlen, d_model}, {dtype});
-  for (const auto& [tensor, name] : {std::pair{&args.x, "x"}, {&args.out, "out"}})
-    check.require(tensor->is_contiguous(),
-                  [name = name] { return std::string(name) + " is not contiguous"; });
-  check.input(weights.in_proj.data, "in_proj", {{"2 dim", 2 * dim.size}, d_model},
-              kActivationTypes);
-  check.input(weights.x_proj.data, "x_proj",
-              {{"dt_rank + 2 dstate", dt_rank.size + 2 * dstate.size}, dim}, kActivationTypes);
-  check.input(weights.dt_proj.data, "dt_proj", {dim, dt_rank}, kActivationTypes);
-  check.input(weights.out_proj.data, "out_proj", {d_model, dim}, kActivationTypes);
-  check.optional(weights.in_proj_bias, "in_proj_bias", {{"2 dim", 2 * dim.size}}, kActivationTypes);
-  check.optional(weights.out_proj_bias, "out_proj_bias", {d_model}, kActivationTypes);
-  check.input(weights.A, "A", {dim, dstate}, {DType::float32});
-  check.optional(weights.D, "D", {dim}, {DType::float32});
-  check.optional(weights.dt_bias, "dt_bias", {dim}, {DType::float32});
-  check.rank(weights.conv_weight, "conv_weight", 2, "(dim, width)");
-  const Dim width{"width", weights.conv_weight.shape[1]};
-  check.range("conv_weight: width", width.size, kMinConvWidth, kMaxConvWidth);
-  check.input(weights.conv_weight, "conv_weight", {dim, width}, {dtype, DType::float32});
-  check.optional(weights.conv_bias, "conv_bias", {dim}, {dtype, DType::float32});
-  check.require(weights.dt_B_C_norm_eps >= 0, [&] {
-    return "dt_B_C_norm_eps is " + std::to_string(weights.dt_B_C_norm_eps) +
-           ", expected at least 0";
-  });
-  const int64_t rows =
-      args.cu_seqlens ? check.cu_seqlens(args.cu_seqlens, batch.size, seqlen.size) : batch.size;
-  for (const auto& [state, name, steps, state_dtype] :
-       {std::tuple{&args.conv_state, "conv_state", Dim{"width - 1", width.size - 1}, dtype},
-        std::tuple{&args.ssm_state, "ssm_state", dstate, DType::float32}}) {
-    if (!*state) continue;
-    const Dim slots{"slots", args.state_indices ? state->shape[0] : rows};
-    check.output(*state, name, {slots, dim, steps}, {state_dtype});
-    check.state_indices(args.state_indices, rows, slots.size);
-  }
-
-  const auto activation = [&](int64_t n) {
-    return scratch.tensor(dtype, {batch.size, seqlen.size, n}, context.device());
+  const auto place = [&](const TensorView& kept, int64_t n) {
+    return kept ? kept
+                : scratch.tensor(is.dtype, {is.batch.size, is.seqlen.size, n}, context.device());
   };
-  const TensorView xz = activation(2 * dim.size);
-  const TensorView x = activation(dim.size), delta = activation(dim.size);
-  const TensorView delta_B_C = activation(dt_rank.size + 2 * dstate.size);
-  const TensorView x_before = xz.slice(2, 0, dim.size), z = xz.slice(2, dim.size, dim.size);
-  const TensorView y = x_before;  // its memory is free once the convolution has read it
-
-  in_proj = {as_rows(args.x), weights.in_proj, weights.in_proj_bias, as_rows(xz)};
-
-  conv.x = channels_first(x_before);
-  conv.weight = weights.conv_weight;
-  conv.bias = weights.conv_bias;
-  conv.activation = Activation::silu;
-  conv.initial_state = conv.final_state = args.conv_state;
-  conv.state_indices = args.state_indices;
-  conv.cu_seqlens = args.cu_seqlens;
-  conv.out = channels_first(x);
-
-  x_proj = {as_rows(x), weights.x_proj, {}, as_rows(delta_B_C)};
-  const TensorView low_rank_delta = delta_B_C.slice(2, 0, dt_rank.size);
-  const TensorView B = delta_B_C.slice(2, dt_rank.size, dstate.size);
-  const TensorView C = delta_B_C.slice(2, dt_rank.size + dstate.size, dstate.size);
+  const int64_t dim = is.dim.size;
+  const TensorView xz = place(pass.saved.xz, 2 * dim);
+  const TensorView u = place(pass.saved.u, dim), delta = place(pass.saved.delta, dim);
+  const TensorView projected = place(pass.saved.delta_B_C, is.delta_B_C().size);
+  const TensorView x_before = xz.slice(2, 0, dim), z = xz.slice(2, dim, dim);
+  // Nobody needs x any longer once the convolution has read it, unless it is kept.
+  const TensorView y = pass.saved.xz ? place(pass.saved.y, dim) : x_before;
   has_norms = weights.dt_B_C_norm_eps > 0;
-  for (const auto& [norm, tensor] :
-       {std::pair{&norms[0], &low_rank_delta}, {&norms[1], &B}, {&norms[2], &C}}) {
-    norm->x = norm->out = as_rows(*tensor);
-    norm->eps = weights.dt_B_C_norm_eps;
-  }
-  dt_proj = {as_rows(low_rank_delta), weights.dt_proj, {}, as_rows(delta)};
+  const bool in_place = !has_norms || !pass.saved.delta_B_C;
+  const TensorView normed = in_place ? projected : place({}, is.delta_B_C().size);
 
-  scan.u = channels_first(x);
+  in_proj = {as_rows(pass.x), weights.in_proj, weights.in_proj_bias, as_rows(xz)};
+
+  conv = mamba_block_conv(x_before, u, weights);
+  conv.initial_state = pass.conv_state.before;
+  conv.final_state = pass.conv_state.after;
+  conv.state_indices = pass.state_indices;
+  conv.cu_seqlens = pass.cu_seqlens;
+
+  x_proj = {as_rows(u), weights.x_proj, {}, as_rows(projected)};
+  const DeltaBC before(projected, is), after(normed, is);
+  norms[0] = mamba_block_norm(before.delta, after.delta, weights.dt_B_C_norm_eps);
+  norms[1] = mamba_block_norm(before.B, after.B, weights.dt_B_C_norm_eps);
+  norms[2] = mamba_block_norm(before.C, after.C, weights.dt_B_C_norm_eps);
+  dt_proj = {as_rows(after.delta), weights.dt_proj, {}, as_rows(delta)};
+
+  scan.u = channels_first(u);
   scan.delta = channels_first(delta);
   scan.A = weights.A;
-  scan.B = channels_first(B);
-  scan.C = channels_first(C);
+  scan.B = channels_first(after.B);
+  scan.C = channels_first(after.C);
   scan.D = weights.D;
   scan.z = channels_first(z);
   scan.delta_bias = weights.dt_bias;
   scan.delta_softplus = true;
-  scan.initial_state = scan.last_state = args.ssm_state;
-  scan.state_indices = args.state_indices;
-  scan.cu_seqlens = args.cu_seqlens;
+  scan.initial_state = pass.ssm_state.before;
+  scan.last_state = pass.ssm_state.after;
+  scan.state_indices = pass.state_indices;
+  scan.cu_seqlens = pass.cu_seqlens;
+  scan.chunk_states = pass.saved.chunk_states;
+  scan.chunk_size = kMambaBlockChunkSize;
   scan.out = channels_first(y);
 
-  out_proj = {as_rows(y), weights.out_proj, weights.out_proj_bias, as_rows(args.out)};
+  out_proj = {as_rows(y), weights.out_proj, weights.out_proj_bias, as_rows(pass.out)};
 }
 
-}  // namespace
+Pass inference(const MambaBlockFwdArgs& args) {
+  Pass pass;
+  pass.op = "mamba_block";
+  pass.weights = args.weights;
+  pass.x = args.x;
+  pass.out = args.out;
+  pass.conv_state = {args.conv_state, args.conv_state, "conv_state", "conv_state"};
+  pass.ssm_state = {args.ssm_state, args.ssm_state, "ssm_state", "ssm_state"};
+  pass.state_indices = args.state_indices;
+  pass.cu_seqlens = args.cu_seqlens;
+  return pass;
+}
 
-size_t mamba_block_fwd_workspace_size(const MambaBlockFwdArgs& args, const Context& context) {
+Pass training(const MambaBlockTrainFwdArgs& args, const Context& context) {
+  Pass pass;
+  pass.op = "mamba_block_train_fwd";
+  pass.weights = args.weights;
+  pass.x = args.x;
+  pass.out = args.out;
+  pass.conv_state = {args.initial_conv_state, args.final_conv_state, "initial_conv_state",
+                     "final_conv_state"};
+  pass.ssm_state = {args.initial_ssm_state, args.last_ssm_state, "initial_ssm_state",
+                    "last_ssm_state"};
+  pass.cu_seqlens = args.cu_seqlens;
+  pass.saved = args.saved;
+  const Checks check(pass.op, context.device());
+  const MambaBlockSizes is(check, args.weights, args.x, args.cu_seqlens);
+  check_saved(check, args.saved, is, &Checks::output);
+  return pass;
+}
+
+size_t workspace_size(const Pass& pass, const Context& context) {
   Scratch scratch = Scratch::nowhere();
-  const Plan plan(args, context, scratch);
+  const Plan plan(pass, context, scratch);
   return scratch.used() + plan.largest_workspace(context);
 }
 
-void mamba_block_fwd(const MambaBlockFwdArgs& args, const Exec& exec) {
+void run(const Pass& pass, const Exec& exec) {
   // Placing operands touches no memory, so the plan that runs can also tell whether there is room.
   Scratch scratch = exec.workspace ? Scratch(exec.workspace) : Scratch::nowhere();
-  const Plan plan(args, exec.context, scratch);
-  Checks("mamba_block", exec.context.device())
+  const Plan plan(pass, exec.context, scratch);
+  Checks(pass.op, exec.context.device())
       .workspace(exec, scratch.used() + plan.largest_workspace(exec.context));
   const Exec rest = scratch.rest(exec);
   linear(plan.in_proj, rest);
@@ -170,6 +179,25 @@ void mamba_block_fwd(const MambaBlockFwdArgs& args, const Exec& exec) {
   linear(plan.dt_proj, rest);
   selective_scan_fwd(plan.scan, rest);
   linear(plan.out_proj, rest);
+}
+
+}  // namespace
+
+size_t mamba_block_fwd_workspace_size(const MambaBlockFwdArgs& args, const Context& context) {
+  return workspace_size(inference(args), context);
+}
+
+void mamba_block_fwd(const MambaBlockFwdArgs& args, const Exec& exec) {
+  run(inference(args), exec);
+}
+
+size_t mamba_block_train_fwd_workspace_size(const MambaBlockTrainFwdArgs& args,
+                                            const Context& context) {
+  return workspace_size(training(args, context), context);
+}
+
+void mamba_block_train_fwd(const MambaBlockTrainFwdArgs& args, const Exec& exec) {
+  run(training(args, exec.context), exec);
 }
 
 }  // namespace ssmcore

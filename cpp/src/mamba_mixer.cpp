@@ -1,17 +1,47 @@
 // The Mamba block as a mixer.
+#include <algorithm>
 #include <cmath>
 
 #include "mixer.h"
+#include "scratch.h"
 #include "ssmcore/mamba_block.h"
+#include "ssmcore/mamba_block_train.h"
+#include "strided.h"
 #include "weight_loader.h"
 
 namespace ssmcore {
 namespace {
 
+// Of a scan's states over sequences from their start.
+int64_t num_chunks(int64_t seqlen, const TensorView& cu_seqlens) {
+  if (!cu_seqlens) return ceil_div(seqlen, kMambaBlockChunkSize);
+  const auto end = [&](int64_t s) {
+    return cu_seqlens.as<const int32_t>()[s * cu_seqlens.strides[0]];
+  };
+  int64_t sum = 0;
+  for (int64_t s = 0; s + 1 < cu_seqlens.shape[0]; ++s)
+    sum += ceil_div(end(s + 1) - end(s), kMambaBlockChunkSize);
+  return sum;
+}
+
+// dA_log = dA · A, since A = -exp(A_log); all are (dim, dstate).
+void write_A_log_gradient(const TensorView& dA, const TensorView& A, const Gradient& dA_log) {
+  const auto at = [](const TensorView& tensor, int64_t d, int64_t n) -> float& {
+    return tensor.as<float>()[d * tensor.strides[0] + n * tensor.strides[1]];
+  };
+  for (int64_t d = 0; d < A.shape[0]; ++d)
+    for (int64_t n = 0; n < A.shape[1]; ++n) {
+      const float gradient = at(dA, d, n) * at(A, d, n);
+      float& out = at(dA_log.tensor, d, n);
+      out = dA_log.accumulate ? out + gradient : gradient;
+    }
+}
+
 class MambaMixer final : public Mixer {
  public:
   MambaMixer(const ModelConfig& config, int64_t layer, DType dtype, WeightLoader& loader)
-      : conv_state_{dtype, {config.width - 1, config.dim}},
+      : layer_(layer),
+        conv_state_{dtype, {config.width - 1, config.dim}},
         ssm_state_{DType::float32, {config.dstate, config.dim}} {
     const int64_t dim = config.dim, dstate = config.dstate, d_model = config.d_model;
     weights_.in_proj = loader.matrix("mixer.in_proj.weight", layer, 2 * dim, d_model);
@@ -44,6 +74,35 @@ class MambaMixer final : public Mixer {
     mamba_block_fwd(block(args), exec);
   }
 
+  size_t saved_size(const MixerTrainArgs& args, const Context&) const override {
+    Scratch scratch = Scratch::nowhere();
+    place_saved(args, scratch);
+    return scratch.used();
+  }
+
+  size_t train_workspace_size(const MixerTrainArgs& args, const NamedGradients& gradients,
+                              const Context& context) const override {
+    Scratch scratch = Scratch::nowhere();
+    // x stands for what has its shape.
+    const MambaBlockBwdArgs bwd = backward_block(args, args.x, args.x, gradients, scratch);
+    return std::max(mamba_block_train_fwd_workspace_size(forward_block(args, args.x), context),
+                    scratch.used() + mamba_block_bwd_workspace_size(bwd, context));
+  }
+
+  void train_forward(const MixerTrainArgs& args, const TensorView& out,
+                     const Exec& exec) const override {
+    mamba_block_train_fwd(forward_block(args, out), exec);
+  }
+
+  void backward(const MixerTrainArgs& args, const TensorView& dout, const TensorView& dx,
+                const NamedGradients& gradients, const Exec& exec) const override {
+    Scratch scratch(exec.workspace);
+    const MambaBlockBwdArgs bwd = backward_block(args, dout, dx, gradients, scratch);
+    mamba_block_bwd(bwd, scratch.rest(exec));
+    const Gradient dA_log = gradient_of(gradients, "mixer.A_log", layer_);
+    if (dA_log.tensor) write_A_log_gradient(bwd.dweights.A.tensor, weights_.A, dA_log);
+  }
+
  private:
   MambaBlockFwdArgs block(const MixerFwdArgs& args) const {
     MambaBlockFwdArgs block;
@@ -58,6 +117,66 @@ class MambaMixer final : public Mixer {
     return block;
   }
 
+  MambaBlockSaved place_saved(const MixerTrainArgs& args, Scratch& scratch) const {
+    const int64_t batch = args.x.shape[0], seqlen = args.x.shape[1];
+    const int64_t dim = weights_.A.shape[0], dstate = weights_.A.shape[1];
+    const auto activation = [&](int64_t n) {
+      return scratch.tensor(args.x.dtype, {batch, seqlen, n}, args.x.device);
+    };
+    MambaBlockSaved saved;
+    saved.xz = activation(2 * dim);
+    saved.delta_B_C = activation(weights_.x_proj.rows());
+    saved.y = activation(dim);
+    // Channels are contiguous in memory, as in the states.
+    const int64_t chunks = num_chunks(seqlen, args.cu_seqlens);
+    saved.chunk_states =
+        scratch.tensor(DType::float32, {batch, chunks, dstate, dim}, args.x.device).transpose(2, 3);
+    return saved;
+  }
+
+  MambaBlockTrainFwdArgs forward_block(const MixerTrainArgs& args, const TensorView& out) const {
+    MambaBlockTrainFwdArgs block;
+    block.weights = &weights_;
+    block.x = args.x;
+    block.out = out;
+    block.cu_seqlens = args.cu_seqlens;
+    Scratch saved = args.saved ? Scratch(args.saved) : Scratch::nowhere();
+    block.saved = place_saved(args, saved);
+    return block;
+  }
+
+  // The gradient of A, of which that of A_log is made, lies in the scratch.
+  MambaBlockBwdArgs backward_block(const MixerTrainArgs& args, const TensorView& dout,
+                                   const TensorView& dx, const NamedGradients& gradients,
+                                   Scratch& scratch) const {
+    MambaBlockBwdArgs block;
+    block.weights = &weights_;
+    block.x = args.x;
+    block.cu_seqlens = args.cu_seqlens;
+    Scratch saved = args.saved ? Scratch(args.saved) : Scratch::nowhere();
+    block.saved = place_saved(args, saved);
+    block.dout = dout;
+    block.dx = {dx};
+    const auto of = [&](const char* field) { return gradient_of(gradients, field, layer_); };
+    MambaBlockWeightGradients& dweights = block.dweights;
+    dweights.in_proj = of("mixer.in_proj.weight");
+    dweights.in_proj_bias = of("mixer.in_proj.bias");
+    dweights.conv_weight = of("mixer.conv1d.weight");
+    if (TensorView& dweight = dweights.conv_weight.tensor) dweight = dweight.select(1, 0);
+    dweights.conv_bias = of("mixer.conv1d.bias");
+    dweights.x_proj = of("mixer.x_proj.weight");
+    dweights.dt_proj = of("mixer.dt_proj.weight");
+    dweights.dt_bias = of("mixer.dt_proj.bias");
+    dweights.A = {
+        scratch.tensor(DType::float32, {weights_.A.shape[1], weights_.A.shape[0]}, args.x.device)
+            .transpose(0, 1)};
+    dweights.D = of("mixer.D");
+    dweights.out_proj = of("mixer.out_proj.weight");
+    dweights.out_proj_bias = of("mixer.out_proj.bias");
+    return block;
+  }
+
+  int64_t layer_;
   MambaBlockWeights weights_;
   StateSpec conv_state_, ssm_state_;
 };

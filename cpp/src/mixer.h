@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "ssmcore/context.h"
+#include "ssmcore/language_model.h"
 #include "ssmcore/model_config.h"
 #include "ssmcore/tensor.h"
 
@@ -26,12 +27,29 @@ struct MixerFwdArgs {
   TensorView cu_seqlens;  // optional (sequences + 1), int32: packed; they are the rows for states
 };
 
+// Training on whole sequences from their start.
+struct MixerTrainArgs {
+  TensorView x;           // (batch, seqlen, d_model), contiguous, activation type
+  TensorView cu_seqlens;  // optional (sequences + 1), int32: packed
+  void* saved = nullptr;  // what the forward pass leaves for the backward pass
+};
+
 class Mixer {
  public:
   virtual ~Mixer() = default;
   virtual std::vector<StateSpec> state_specs() const = 0;
   virtual size_t workspace_size(const MixerFwdArgs& args, const Context& context) const = 0;
   virtual void forward(const MixerFwdArgs& args, const Exec& exec) const = 0;
+
+  virtual size_t saved_size(const MixerTrainArgs& args, const Context& context) const = 0;
+  // Of either pass.
+  virtual size_t train_workspace_size(const MixerTrainArgs& args, const NamedGradients& gradients,
+                                      const Context& context) const = 0;
+  virtual void train_forward(const MixerTrainArgs& args, const TensorView& out,
+                             const Exec& exec) const = 0;
+  // dout and dx are like x; dx is written. `gradients` are those of the whole model.
+  virtual void backward(const MixerTrainArgs& args, const TensorView& dout, const TensorView& dx,
+                        const NamedGradients& gradients, const Exec& exec) const = 0;
 };
 
 // The mixer of layer `layer`, its weights taken from `loader`.

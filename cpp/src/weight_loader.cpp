@@ -66,8 +66,9 @@ float half_to_float(uint16_t half) {
   return value;
 }
 
-// `count` contiguous elements, at any alignment, as float.
-void convert(const char* from, DType dtype, int64_t count, float* to) {
+}  // namespace
+
+void to_float32(const char* from, DType dtype, int64_t count, float* to) {
   if (dtype == DType::float32) {
     std::memcpy(to, from, sizeof(float) * static_cast<size_t>(count));
     return;
@@ -84,12 +85,16 @@ void convert(const char* from, DType dtype, int64_t count, float* to) {
   }
 }
 
-}  // namespace
-
 std::string transformers_name(const std::string& name) {
   for (const FieldName& entry : kFieldNames)  // no name within a layer differs
     if (entry.stored[1] && name == entry.stored[1]) return entry.stored[0];
   return name;
+}
+
+Gradient gradient_of(const NamedGradients& gradients, const std::string& field, int64_t layer) {
+  for (const std::string& name : stored_names(field, layer))
+    if (const auto found = gradients.find(name); found != gradients.end()) return found->second;
+  return {};
 }
 
 TensorView WeightLoader::take(const std::string& field, int64_t layer,
@@ -110,8 +115,7 @@ TensorView WeightLoader::take(const std::string& field, int64_t layer,
     if (tensor.device.type != DeviceType::cpu)
       fail("tensor " + name + " is on " + to_string(tensor.device) + ", expected cpu");
     if (!tensor.is_contiguous()) fail("tensor " + name + " is not contiguous");
-    taken_.insert(name);
-    num_parameters_ += tensor.numel();
+    taken_[name] = tensor;
     return tensor;
   }
   fail("tensor " + names.front() + " is missing");
@@ -138,7 +142,7 @@ TensorView WeightLoader::parameter(const std::string& field, int64_t layer,
                                    std::initializer_list<int64_t> shape) {
   const TensorView stored = take(field, layer, shape);
   const TensorView converted = allocate(DType::float32, shape);
-  convert(stored.as<const char>(), stored.dtype, stored.numel(), converted.as<float>());
+  to_float32(stored.as<const char>(), stored.dtype, stored.numel(), converted.as<float>());
   return converted;
 }
 
@@ -147,7 +151,7 @@ TensorView WeightLoader::channels_last(const std::string& field, int64_t layer,
   const TensorView stored = take(field, layer, shape);
   const int64_t dim = stored.shape[0], n = stored.numel() / dim;
   std::vector<float> rows(static_cast<size_t>(stored.numel()));
-  convert(stored.as<const char>(), stored.dtype, stored.numel(), rows.data());
+  to_float32(stored.as<const char>(), stored.dtype, stored.numel(), rows.data());
   const TensorView columns = allocate(DType::float32, {n, dim});
   for (int64_t d = 0; d < dim; ++d)
     for (int64_t i = 0; i < n; ++i)
@@ -156,12 +160,12 @@ TensorView WeightLoader::channels_last(const std::string& field, int64_t layer,
 }
 
 void WeightLoader::ignore(const std::string& field) {
-  for (const std::string& name : stored_names(field, kNoLayer)) taken_.insert(name);
+  for (const std::string& name : stored_names(field, kNoLayer)) ignored_.insert(name);
 }
 
 void WeightLoader::finish() const {
   for (const auto& [name, tensor] : stored_.tensors)
-    if (!taken_.count(name))
+    if (!taken_.count(name) && !ignored_.count(name))
       fail("unexpected tensor " + name + " of shape " + tensor.shape_string());
 }
 

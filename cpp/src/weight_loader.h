@@ -2,18 +2,29 @@
 #pragma once
 
 #include <initializer_list>
+#include <map>
 #include <set>
 #include <string>
 #include <vector>
 
 #include "ssmcore/buffer.h"
 #include "ssmcore/checkpoint.h"
+#include "ssmcore/language_model.h"
 #include "ssmcore/weight.h"
 
 namespace ssmcore {
 
+// `count` contiguous elements, float32, bfloat16 or float16, at any alignment.
+void to_float32(const char* from, DType dtype, int64_t count, float* to);
+
+// A copy whose tensors are float32 and lie in memory of their own, which may be written.
+Checkpoint float32_copy(const Checkpoint& checkpoint);
+
 // How transformers names what a checkpoint holds under `name`.
 std::string transformers_name(const std::string& name);
+
+// The gradient of a field, as WeightLoader knows it; empty where it is not wanted.
+Gradient gradient_of(const NamedGradients& gradients, const std::string& field, int64_t layer);
 
 // Takes tensors out of a checkpoint by the names of the model's fields, checks them, and converts
 // those that are not used as stored. Fields of a layer are named within it ("mixer.D").
@@ -39,7 +50,8 @@ class WeightLoader {
   // Throws for a stored tensor that nothing has taken.
   void finish() const;
 
-  int64_t num_parameters() const { return num_parameters_; }
+  // What has been taken, by its stored name.
+  const std::map<std::string, TensorView>& taken() const { return taken_; }
 
  private:
   // Memory for a tensor that is not used as stored.
@@ -50,8 +62,8 @@ class WeightLoader {
   const TensorMap& stored_;
   Allocator& allocator_;
   std::vector<Buffer>& buffers_;
-  std::set<std::string> taken_;
-  int64_t num_parameters_ = 0;
+  std::map<std::string, TensorView> taken_;
+  std::set<std::string> ignored_;
 };
 
 }  // namespace ssmcore

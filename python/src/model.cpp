@@ -1,4 +1,5 @@
 // Checkpoints and language models.
+#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
 #include <memory>
@@ -50,8 +51,9 @@ DType parse_dtype(const std::string& name) {
               "language_model: dtype is '" + name + "', expected float32, bfloat16 or float16");
 }
 
-std::unique_ptr<LanguageModel> make_model(const Checkpoint& checkpoint, const std::string& dtype) {
-  const LoadOptions options{parse_dtype(dtype)};
+std::unique_ptr<LanguageModel> make_model(const Checkpoint& checkpoint, const std::string& dtype,
+                                          bool trainable) {
+  const LoadOptions options{parse_dtype(dtype), trainable};
   const py::gil_scoped_release release;
   return std::make_unique<LanguageModel>(checkpoint, cpu_context(), options);
 }
@@ -82,6 +84,69 @@ void forward(const LanguageModel& model, py::handle token_ids, py::handle logits
       empty ? 0 : model.workspace_size(ids.view.shape[0], ids.view.shape[1], context),
       "a model's activations");
   model.forward(args, Exec{context, nullptr, workspace.data(), workspace.bytes()});
+}
+
+// The parameters of a trainable model, as arrays that keep it alive.
+py::dict parameters(const py::object& self) {
+  const auto& model = self.cast<const LanguageModel&>();
+  if (!model.trainable())
+    throw Error(ErrorCode::invalid_argument,
+                "language_model: parameters of a model that is not trainable");
+  py::dict arrays;
+  for (const auto& [name, tensor] : model.parameters()) {
+    const std::vector<py::ssize_t> shape(tensor.shape, tensor.shape + tensor.rank);
+    arrays[py::str(name)] = py::array_t<float>(shape, tensor.as<const float>(), self);
+  }
+  return arrays;
+}
+
+py::dict parameter_shapes(const LanguageModel& model) {
+  py::dict shapes;
+  for (const auto& [name, tensor] : model.parameters())
+    shapes[py::str(name)] =
+        py::tuple(py::cast(std::vector<int64_t>(tensor.shape, tensor.shape + tensor.rank)));
+  return shapes;
+}
+
+void refresh(LanguageModel& model) {
+  const py::gil_scoped_release release;
+  const std::unique_lock<std::shared_mutex> lock(calls());
+  model.refresh();
+}
+
+float loss_and_gradients(const LanguageModel& model, py::handle token_ids, py::handle targets,
+                         py::handle cu_seqlens, const py::dict& gradients, bool accumulate,
+                         int64_t num_targets, bool recompute_layers) {
+  const std::string op = "loss_and_gradients: ";
+  std::vector<Borrowed> borrowed;
+  const auto array = [&](py::handle object, const std::string& name) {
+    if (object.is_none()) return TensorView();
+    borrowed.push_back(borrow(object, op + name));
+    return borrowed.back().view;
+  };
+  float loss = 0;
+  LanguageModelTrainArgs args;
+  args.token_ids = array(token_ids, "token_ids");
+  args.targets = array(targets, "targets");
+  args.cu_seqlens = array(cu_seqlens, "cu_seqlens");
+  args.num_targets = num_targets;
+  args.recompute_layers = recompute_layers;
+  args.loss = TensorView(&loss, DType::float32, {1});
+  for (const auto& [key, gradient] : gradients) {
+    const auto name = key.cast<std::string>();
+    args.gradients[name] = {array(gradient, "the gradient of " + name), accumulate};
+    if (borrowed.back().read_only)
+      throw Error(ErrorCode::invalid_argument,
+                  op + "the gradient of " + name + " is read-only, but would be written");
+  }
+  const Context& context = cpu_context();
+  const py::gil_scoped_release release;
+  const std::shared_lock<std::shared_mutex> lock(calls());
+  const Buffer workspace(context.allocator(),
+                         model.loss_and_gradients_workspace_size(args, context),
+                         "the activations of a training step");
+  model.loss_and_gradients(args, Exec{context, nullptr, workspace.data(), workspace.bytes()});
+  return loss;
 }
 
 void save_model(const LanguageModel& model, const std::string& folder) {
@@ -134,10 +199,18 @@ void bind_model(py::module_& module) {
       .def("load", &ModelState::load, py::arg("bytes"));
 
   py::class_<LanguageModel>(module, "LanguageModel")
-      .def(py::init(&make_model), py::arg("checkpoint"), py::arg("dtype") = "float32")
+      .def(py::init(&make_model), py::arg("checkpoint"), py::arg("dtype") = "float32",
+           py::arg("trainable") = false)
       .def_property_readonly("config", &LanguageModel::config)
       .def_property_readonly("dtype", [](const LanguageModel& m) { return dtype_name(m.dtype()); })
       .def_property_readonly("num_parameters", &LanguageModel::num_parameters)
+      .def_property_readonly("trainable", &LanguageModel::trainable)
+      .def("parameters", &parameters)
+      .def("parameter_shapes", &parameter_shapes)
+      .def("refresh", &refresh)
+      .def("loss_and_gradients", &loss_and_gradients, py::arg("token_ids"), py::arg("targets"),
+           py::arg("cu_seqlens"), py::arg("gradients"), py::arg("accumulate"),
+           py::arg("num_targets"), py::arg("recompute_layers"))
       .def("new_state", &LanguageModel::new_state, py::arg("num_slots") = 1)
       .def("forward", &forward, py::arg("token_ids"), py::arg("logits"), py::arg("state"),
            py::arg("state_indices") = py::none(), py::arg("cu_seqlens") = py::none())

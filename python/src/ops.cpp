@@ -6,6 +6,7 @@
 #include "ssmcore/embedding.h"
 #include "ssmcore/linear.h"
 #include "ssmcore/mamba_block.h"
+#include "ssmcore/mamba_block_train.h"
 #include "ssmcore/rms_norm.h"
 #include "ssmcore/sample.h"
 #include "ssmcore/selective_scan.h"
@@ -263,8 +264,7 @@ void py_sample(const py::kwargs& arguments) {
   call.run(sample_workspace_size, sample, args);
 }
 
-void py_mamba_block(const py::kwargs& arguments) {
-  Call call("mamba_block", arguments);
+MambaBlockWeights block_weights(Call& call) {
   MambaBlockWeights weights;
   weights.in_proj = call.input("in_proj");
   weights.in_proj_bias = call.input("in_proj_bias");
@@ -278,6 +278,12 @@ void py_mamba_block(const py::kwargs& arguments) {
   weights.out_proj = call.input("out_proj");
   weights.out_proj_bias = call.input("out_proj_bias");
   weights.dt_B_C_norm_eps = call.value<float>("dt_B_C_norm_eps");
+  return weights;
+}
+
+void py_mamba_block(const py::kwargs& arguments) {
+  Call call("mamba_block", arguments);
+  const MambaBlockWeights weights = block_weights(call);
   MambaBlockFwdArgs args;
   args.weights = &weights;
   args.x = call.input("x");
@@ -287,6 +293,63 @@ void py_mamba_block(const py::kwargs& arguments) {
   args.cu_seqlens = call.input("cu_seqlens");
   args.out = call.output("out");
   call.run(mamba_block_fwd_workspace_size, mamba_block_fwd, args);
+}
+
+MambaBlockSaved block_saved(Call& call, TensorView (Call::*input_or_output)(const char*)) {
+  MambaBlockSaved saved;
+  saved.xz = (call.*input_or_output)("xz");
+  saved.delta_B_C = (call.*input_or_output)("delta_B_C");
+  saved.y = (call.*input_or_output)("y");
+  saved.chunk_states = (call.*input_or_output)("chunk_states");
+  saved.u = (call.*input_or_output)("u");
+  saved.delta = (call.*input_or_output)("delta");
+  return saved;
+}
+
+void py_mamba_block_train_fwd(const py::kwargs& arguments) {
+  Call call("mamba_block_train_fwd", arguments);
+  const MambaBlockWeights weights = block_weights(call);
+  MambaBlockTrainFwdArgs args;
+  args.weights = &weights;
+  args.x = call.input("x");
+  args.initial_conv_state = call.input("initial_conv_state");
+  args.initial_ssm_state = call.input("initial_ssm_state");
+  args.final_conv_state = call.output("final_conv_state");
+  args.last_ssm_state = call.output("last_ssm_state");
+  args.cu_seqlens = call.input("cu_seqlens");
+  args.saved = block_saved(call, &Call::output);
+  args.out = call.output("out");
+  call.run(mamba_block_train_fwd_workspace_size, mamba_block_train_fwd, args);
+}
+
+void py_mamba_block_bwd(const py::kwargs& arguments) {
+  Call call("mamba_block_bwd", arguments);
+  const MambaBlockWeights weights = block_weights(call);
+  MambaBlockBwdArgs args;
+  args.weights = &weights;
+  args.x = call.input("x");
+  args.initial_conv_state = call.input("initial_conv_state");
+  args.initial_ssm_state = call.input("initial_ssm_state");
+  args.cu_seqlens = call.input("cu_seqlens");
+  args.saved = block_saved(call, &Call::input);
+  args.dout = call.input("dout");
+  args.dfinal_conv_state = call.input("dfinal_conv_state");
+  args.dlast_ssm_state = call.input("dlast_ssm_state");
+  args.dx = call.gradient("dx");
+  args.dinitial_conv_state = call.gradient("dinitial_conv_state");
+  args.dinitial_ssm_state = call.gradient("dinitial_ssm_state");
+  args.dweights.in_proj = call.gradient("din_proj");
+  args.dweights.in_proj_bias = call.gradient("din_proj_bias");
+  args.dweights.conv_weight = call.gradient("dconv_weight");
+  args.dweights.conv_bias = call.gradient("dconv_bias");
+  args.dweights.x_proj = call.gradient("dx_proj");
+  args.dweights.dt_proj = call.gradient("ddt_proj");
+  args.dweights.dt_bias = call.gradient("ddt_bias");
+  args.dweights.A = call.gradient("dA");
+  args.dweights.D = call.gradient("dD");
+  args.dweights.out_proj = call.gradient("dout_proj");
+  args.dweights.out_proj_bias = call.gradient("dout_proj_bias");
+  call.run(mamba_block_bwd_workspace_size, mamba_block_bwd, args);
 }
 
 }  // namespace
@@ -308,6 +371,9 @@ void bind_ops(py::module_& module) {
   module.def("cross_entropy_bwd", &py_cross_entropy_bwd);
   module.def("sample", &py_sample);
   module.def("mamba_block", &py_mamba_block);
+  module.def("mamba_block_train_fwd", &py_mamba_block_train_fwd);
+  module.def("mamba_block_bwd", &py_mamba_block_bwd);
+  module.attr("MAMBA_BLOCK_CHUNK_SIZE") = kMambaBlockChunkSize;
 }
 
 }  // namespace ssmcore

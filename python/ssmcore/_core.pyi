@@ -305,6 +305,81 @@ def mamba_block(
     dt_B_C_norm_eps: float,
     out: AnyArray,
 ) -> None: ...
+def mamba_block_train_fwd(
+    *,
+    on: Any,
+    in_proj: AnyArray,
+    in_proj_bias: AnyArray | None = None,
+    conv_weight: AnyArray,
+    conv_bias: AnyArray | None = None,
+    x_proj: AnyArray,
+    dt_proj: AnyArray,
+    dt_bias: AnyArray | None = None,
+    A: AnyArray,
+    D: AnyArray | None = None,
+    out_proj: AnyArray,
+    out_proj_bias: AnyArray | None = None,
+    dt_B_C_norm_eps: float,
+    x: AnyArray,
+    initial_conv_state: AnyArray | None = None,
+    initial_ssm_state: AnyArray | None = None,
+    final_conv_state: AnyArray | None = None,
+    last_ssm_state: AnyArray | None = None,
+    cu_seqlens: AnyArray | None = None,
+    xz: AnyArray | None,
+    delta_B_C: AnyArray | None,
+    y: AnyArray | None,
+    chunk_states: AnyArray | None,
+    u: AnyArray | None = None,
+    delta: AnyArray | None = None,
+    out: AnyArray,
+) -> None: ...
+def mamba_block_bwd(
+    *,
+    on: Any,
+    in_proj: AnyArray,
+    in_proj_bias: AnyArray | None = None,
+    conv_weight: AnyArray,
+    conv_bias: AnyArray | None = None,
+    x_proj: AnyArray,
+    dt_proj: AnyArray,
+    dt_bias: AnyArray | None = None,
+    A: AnyArray,
+    D: AnyArray | None = None,
+    out_proj: AnyArray,
+    out_proj_bias: AnyArray | None = None,
+    dt_B_C_norm_eps: float,
+    x: AnyArray,
+    initial_conv_state: AnyArray | None = None,
+    initial_ssm_state: AnyArray | None = None,
+    cu_seqlens: AnyArray | None = None,
+    xz: AnyArray | None,
+    delta_B_C: AnyArray | None,
+    y: AnyArray | None,
+    chunk_states: AnyArray | None,
+    u: AnyArray | None = None,
+    delta: AnyArray | None = None,
+    dout: AnyArray,
+    dfinal_conv_state: AnyArray | None = None,
+    dlast_ssm_state: AnyArray | None = None,
+    dx: AnyArray | None = None,
+    dinitial_conv_state: AnyArray | None = None,
+    dinitial_ssm_state: AnyArray | None = None,
+    din_proj: AnyArray | None = None,
+    din_proj_bias: AnyArray | None = None,
+    dconv_weight: AnyArray | None = None,
+    dconv_bias: AnyArray | None = None,
+    dx_proj: AnyArray | None = None,
+    ddt_proj: AnyArray | None = None,
+    ddt_bias: AnyArray | None = None,
+    dA: AnyArray | None = None,
+    dD: AnyArray | None = None,
+    dout_proj: AnyArray | None = None,
+    dout_proj_bias: AnyArray | None = None,
+    accumulate: Collection[str] = (),
+) -> None: ...
+
+MAMBA_BLOCK_CHUNK_SIZE: int
 
 class ModelConfig:
     """What a checkpoint's config.json says of a model."""
@@ -389,13 +464,37 @@ class ModelState:
 class LanguageModel:
     """A model ready to run, never changed by it: threads may share it."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str = "float32") -> None: ...
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: str = "float32", trainable: bool = False
+    ) -> None:
+        """Trainable: with weights copied as float32, which may be written."""
     @property
     def config(self) -> ModelConfig: ...
     @property
     def dtype(self) -> str: ...
     @property
     def num_parameters(self) -> int: ...
+    @property
+    def trainable(self) -> bool: ...
+    def parameters(self) -> dict[str, np.ndarray]:
+        """Those of a trainable model, by their stored names, to be written."""
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]: ...
+    def refresh(self) -> None:
+        """Takes over what has been written to the parameters."""
+    def loss_and_gradients(
+        self,
+        token_ids: AnyArray,
+        targets: AnyArray,
+        cu_seqlens: AnyArray | None,
+        gradients: dict[str, np.ndarray],
+        accumulate: bool,
+        num_targets: int,
+        recompute_layers: bool,
+    ) -> float:
+        """The mean cross entropy; `gradients`, float32 by parameter name, are written or added to.
+
+        `num_targets`: what the sum of losses is divided by; 0: by those not ignored (-100).
+        """
     def new_state(self, num_slots: int = 1) -> ModelState: ...
     def forward(
         self,

@@ -41,6 +41,8 @@ def load(
     path_or_hub_id: str | os.PathLike[str] | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    *,
+    trainable: bool = False,
 ) -> Model:
     """Loads a language model.
 
@@ -52,6 +54,7 @@ def load(
         device: "auto" or "cpu".
         dtype: of the activations: "float32", "bfloat16" or "float16" (or "fp32", "bf16",
             "fp16"); weights stay as stored. "auto": float32.
+        trainable: copy the weights as float32 to memory where `Model.parameters` may be written.
 
     The tokenizer is the folder's tokenizer.json; without one, a model of 256 tokens gets one
     token for each byte and others none.
@@ -78,7 +81,7 @@ def load(
     else:
         checkpoint = _core.Checkpoint.open(str(folder))
     tokenizer = _open_tokenizer(folder, checkpoint.config.vocab_size)
-    return Model(_core.LanguageModel(checkpoint, _DTYPES[dtype]), tokenizer)
+    return Model(_core.LanguageModel(checkpoint, _DTYPES[dtype], trainable), tokenizer)
 
 
 def save(model: Model, path: str | os.PathLike[str]) -> None:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class Model:
     """A loaded language model; `ssmcore.load` makes it.
 
-    It is never changed by use, so threads may share it, each with its own state.
+    It is never changed by use, so threads may share it, each with its own state. Loaded with
+    `trainable=True`, it changes where its `parameters` are written and `refresh` is called.
     """
 
     def __init__(self, language_model: _core.LanguageModel, tokenizer: Tokenizer | None):
@@ -132,6 +133,77 @@ class Model:
         out = library.empty((len(ids), self.config.vocab_size), "float32")
         self._language_model.forward(ids.reshape(-1, 1), out, _native(state, "step"), slots)
         return library.hand_over(out)
+
+    @property
+    def parameters(self) -> dict[str, np.ndarray]:
+        """The float32 weights of a trainable model by their stored names, to be read and written.
+
+        The model follows what has been written with the next `refresh`. Nothing else may use it
+        meanwhile. Raises InvalidArgumentError for a model that was not loaded as trainable.
+        """
+        if not self._language_model.trainable:
+            raise InvalidArgumentError(
+                "parameters: the model's weights cannot be written; load it with trainable=True"
+            )
+        return self._language_model.parameters()
+
+    def refresh(self) -> None:
+        """Takes over what has been written to `parameters`."""
+        self._language_model.refresh()
+
+    def loss_and_gradients(
+        self,
+        token_ids: Any,
+        targets: Any,
+        *,
+        cu_seqlens: Any = None,
+        gradients: dict[str, np.ndarray] | None = None,
+        num_targets: int | None = None,
+        recompute_layers: bool = False,
+    ) -> tuple[float, dict[str, np.ndarray]]:
+        """One training step without the update: the mean cross entropy, and its gradients.
+
+        Args:
+            token_ids: (B, T) or (T,) integers below `config.vocab_size`: sequences from their
+                start.
+            targets: integers of the same shape: what each position should predict; -100 where
+                nothing is asked.
+            cu_seqlens: (S + 1,) integers: packed sequences, as in `forward`.
+            gradients: float32 arrays by parameter name, which are added to; of parameters that it
+                does not name none is computed. None: new ones, of all parameters.
+            num_targets: what the sum of the positions' losses is divided by; None: the number of
+                targets but for those of -100. Where a batch is done in parts whose gradients are
+                added up, their number in all parts.
+            recompute_layers: keep only what enters each layer, and compute each layer again when
+                its gradients are due: less memory for more time.
+
+        Returns:
+            The loss and the gradients by the names of the parameters, as they are stored.
+
+        Raises:
+            InvalidArgumentError: for ids or targets of another shape or out of range, no target, or
+                gradients of another name, shape or dtype.
+        """
+        op = "loss_and_gradients"
+        packed = cu_seqlens is not None
+        ids = as_token_ids(token_ids, op, "token_ids", ranks=(1,) if packed else (1, 2))
+        expected = as_token_ids(targets, op, "targets", ranks=(ids.ndim,))
+        if num_targets is not None and num_targets < 1:
+            raise InvalidArgumentError(f"{op}: num_targets is {num_targets}, expected at least 1")
+        accumulate = gradients is not None
+        if gradients is None:
+            shapes = self._language_model.parameter_shapes()
+            gradients = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
+        loss = self._language_model.loss_and_gradients(
+            ids.reshape(-1, ids.shape[-1]),
+            expected.reshape(-1, expected.shape[-1]),
+            as_int32(cu_seqlens, op, "cu_seqlens", at_least=2),
+            gradients,
+            accumulate,
+            num_targets or 0,
+            recompute_layers,
+        )
+        return loss, gradients
 
     def generate(
         self,

@@ -410,6 +410,7 @@ typedef struct ssmcore_state ssmcore_state;
 typedef struct ssmcore_model_options {
   size_t struct_size;
   ssmcore_dtype dtype; /* of the activations: float32 (also for zeros), bfloat16 or float16 */
+  int64_t trainable;   /* flag: copies the weights as float32 to memory where they may be written */
 } ssmcore_model_options;
 
 /* Loads a folder with config.json and model.safetensors, or shards with an index. `options` may be
@@ -489,6 +490,51 @@ SSMCORE_C_API ssmcore_status ssmcore_model_step(const ssmcore_model* model,
                                                 const ssmcore_model_step_args* args,
                                                 void* workspace, size_t workspace_bytes,
                                                 void* stream);
+
+/* One of the tensors that a model has learnt, as stored, or where it is trainable as it is now.
+ * Pointers are valid as long as the model. */
+typedef struct ssmcore_model_parameter {
+  size_t struct_size;
+  const char* name;
+  ssmcore_tensor tensor; /* contiguous */
+} ssmcore_model_parameter;
+
+SSMCORE_C_API ssmcore_status ssmcore_model_num_parameters(const ssmcore_model* model,
+                                                          int64_t* num_parameters);
+/* Fills `parameter`, whose struct_size must be set, with that of index 0 to num_parameters - 1. */
+SSMCORE_C_API ssmcore_status ssmcore_model_get_parameter(const ssmcore_model* model, int64_t index,
+                                                         ssmcore_model_parameter* parameter);
+/* Takes over what has been written to the parameters of a trainable model. No other call may use
+ * the model meanwhile, nor while they are written. */
+SSMCORE_C_API ssmcore_status ssmcore_model_refresh(ssmcore_model* model);
+
+typedef struct ssmcore_named_gradient {
+  const char* name;             /* of the parameter */
+  const ssmcore_tensor* tensor; /* its shape, float32, contiguous, written */
+  int32_t accumulate;           /* flag: is added to instead */
+} ssmcore_named_gradient;
+
+/* One training step without the update, on the CPU: the mean cross entropy and its gradients. */
+typedef struct ssmcore_model_loss_and_gradients_args {
+  size_t struct_size;
+  const ssmcore_tensor* token_ids; /* (batch, seqlen), int32 or int64: sequences from their start */
+  const ssmcore_tensor* targets;   /* (batch, seqlen), int32 or int64: what each position should
+                                      predict, or -100 */
+  const ssmcore_tensor* cu_seqlens; /* optional (sequences + 1), int32: packed, as in prefill */
+  int64_t num_targets;      /* what the sum of the positions' losses is divided by; 0: the number of
+                               targets but for those of -100 */
+  int32_t recompute_layers; /* flag: keeps only what enters each layer, and computes the layer again
+                               when its gradients are due */
+  const ssmcore_tensor* loss;              /* (1), float32, written */
+  const ssmcore_named_gradient* gradients; /* of the parameters whose gradients are wanted */
+  int64_t num_gradients;
+} ssmcore_model_loss_and_gradients_args;
+
+SSMCORE_C_API ssmcore_status ssmcore_model_loss_and_gradients_workspace_size(
+    const ssmcore_model* model, const ssmcore_model_loss_and_gradients_args* args, size_t* bytes);
+SSMCORE_C_API ssmcore_status ssmcore_model_loss_and_gradients(
+    const ssmcore_model* model, const ssmcore_model_loss_and_gradients_args* args, void* workspace,
+    size_t workspace_bytes, void* stream);
 
 #ifdef __cplusplus
 } /* extern "C" */

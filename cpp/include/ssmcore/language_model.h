@@ -1,6 +1,7 @@
 // A whole language model: embedding, pre-norm residual blocks, final norm, head.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -8,6 +9,7 @@
 #include "ssmcore/buffer.h"
 #include "ssmcore/checkpoint.h"
 #include "ssmcore/context.h"
+#include "ssmcore/gradient.h"
 #include "ssmcore/model_config.h"
 #include "ssmcore/tensor.h"
 
@@ -62,12 +64,35 @@ struct LanguageModelFwdArgs {
                       // the last position of each row alone, none of them empty; or absent
 };
 
-struct LoadOptions {
-  // Of the activations: float32, bfloat16 or float16. Weights stay as stored.
-  DType dtype = DType::float32;
+// Gradients by the names of LanguageModel::parameters(), each a contiguous float32 tensor of its
+// parameter's shape. What is left out is not computed.
+using NamedGradients = std::map<std::string, Gradient>;
+
+struct LanguageModelTrainArgs {
+  TensorView token_ids;   // (batch, seqlen), int32 or int64: sequences from their start
+  TensorView targets;     // (batch, seqlen), int32 or int64: the token that each position should
+                          // predict, or kIgnoredTarget
+  TensorView cu_seqlens;  // optional (sequences + 1), int32: packed, as in LanguageModelFwdArgs
+  // What the sum of the positions' losses is divided by. 0: the number of targets that are not
+  // ignored; where a batch is done in parts that accumulate, their number in all parts.
+  int64_t num_targets = 0;
+  // Activation checkpointing: keeps only what enters each layer, and computes the layer again when
+  // its gradients are due.
+  bool recompute_layers = false;
+  TensorView loss;           // (1), float32, written
+  NamedGradients gradients;  // written, or added to
 };
 
-// Immutable once made, so threads may share it, each with its own state and workspace. The context
+inline constexpr int64_t kIgnoredTarget = -100;
+
+struct LoadOptions {
+  // Of the activations: float32, bfloat16 or float16. Weights stay as stored,
+  DType dtype = DType::float32;
+  // or are copied as float32 to memory of the model's own, where parameters() may be written.
+  bool trainable = false;
+};
+
+// Not changed by use, so threads may share it, each with its own state and workspace. The context
 // must outlive it.
 class LanguageModel {
  public:
@@ -79,10 +104,18 @@ class LanguageModel {
 
   const ModelConfig& config() const { return checkpoint_.config; }
   DType dtype() const { return dtype_; }
-  int64_t num_parameters() const { return num_parameters_; }
+  int64_t num_parameters() const;
 
-  // What it was made from: the configuration and the tensors as stored.
+  // What it was made from: the configuration and the tensors as stored, or where it is trainable as
+  // they are now.
   const Checkpoint& checkpoint() const { return checkpoint_; }
+
+  // The tensors of the checkpoint that it has learnt, by their stored names; a head that is tied to
+  // the embedding is none of them. Those of a trainable model may be written while no call runs;
+  // it follows with the next refresh().
+  const std::map<std::string, TensorView>& parameters() const { return parameters_; }
+  bool trainable() const { return trainable_; }
+  void refresh() { load(); }
 
   ModelState new_state(int64_t num_slots) const;
 
@@ -90,10 +123,19 @@ class LanguageModel {
   size_t workspace_size(int64_t batch, int64_t seqlen, const Context& context) const;
   void forward(const LanguageModelFwdArgs& args, const Exec& exec) const;
 
+  // One training step on the CPU: the mean cross entropy and its gradients. The logits of a few
+  // hundred positions exist at a time.
+  size_t loss_and_gradients_workspace_size(const LanguageModelTrainArgs& args,
+                                           const Context& context) const;
+  void loss_and_gradients(const LanguageModelTrainArgs& args, const Exec& exec) const;
+
  private:
   struct Layer;
   struct Activations;
+  class TrainingStep;
 
+  // Everything below that comes from the checkpoint's tensors.
+  void load();
   size_t chunk_workspace_size(int64_t batch, int64_t length, const Context& context) const;
   // Tokens [begin, begin + length) of every row.
   void forward_chunk(const LanguageModelFwdArgs& args, int64_t begin, int64_t length,
@@ -114,9 +156,10 @@ class LanguageModel {
 
   Checkpoint checkpoint_;  // dense weights point into its memory
   DType dtype_ = DType::float32;
+  bool trainable_ = false;
   uint64_t serial_;
-  int64_t num_parameters_ = 0;
   Allocator* allocator_ = nullptr;
+  std::map<std::string, TensorView> parameters_;
   std::vector<Buffer> buffers_;  // weights that had to be converted
   std::vector<Layer> layers_;
   TensorView embedding_;

@@ -25,6 +25,8 @@ struct MambaBlockWeights {
 // A sequence of any length, or the next token (seqlen 1) of running ones:
 //   x, z = in_proj(x);  x = SiLU(causal_conv1d(x));  Δ, B, C = x_proj(x)
 //   out  = out_proj(selective_scan(x, dt_proj(Δ), A, B, C, D, z, softplus))
+//
+// On the CPU everything may also be float64, for checking.
 struct MambaBlockFwdArgs {
   const MambaBlockWeights* weights = nullptr;
   TensorView x;              // (batch, seqlen, d_model): float32, bfloat16 or float16; contiguous

@@ -23,6 +23,12 @@ what came, for a shape, dtype, device or value that does not fit.
 from __future__ import annotations
 
 from .block import mamba_block
+from .block_gradients import (
+    MambaBlockGradients,
+    MambaBlockSaved,
+    mamba_block_bwd,
+    mamba_block_train_fwd,
+)
 from .convolution import causal_conv1d, causal_conv1d_update
 from .convolution_gradients import CausalConv1dGradients, causal_conv1d_bwd
 from .dense import embedding, linear, rms_norm
@@ -41,6 +47,8 @@ from .scan_gradients import SelectiveScanGradients, selective_scan_bwd
 __all__ = [
     "CausalConv1dGradients",
     "LinearGradients",
+    "MambaBlockGradients",
+    "MambaBlockSaved",
     "RmsNormGradients",
     "SelectiveScanGradients",
     "causal_conv1d",
@@ -53,6 +61,8 @@ __all__ = [
     "linear",
     "linear_bwd",
     "mamba_block",
+    "mamba_block_bwd",
+    "mamba_block_train_fwd",
     "rms_norm",
     "rms_norm_bwd",
     "sample",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .._arrays import dtype_name, is_token_major, reshaped
-from .._outputs import Library
+from .._outputs import Library, library_of
 from ..errors import InvalidArgumentError
 
 Array = Any
@@ -66,6 +66,15 @@ def gradients_of(
         else:
             gradients[f"d{name}"] = empty_like(library, array)
     return gradients
+
+
+def count_chunks(seqlen: int, cu_seqlens: Array | None, chunk_size: int) -> int:
+    """How many states a scan leaves for a row, or for all packed sequences together."""
+    if cu_seqlens is None:
+        return -(-seqlen // chunk_size)
+    # Entries that are no boundaries are refused where the operator runs.
+    lengths = np.clip(np.diff(library_of(cu_seqlens).to_host(cu_seqlens)), 0, seqlen)
+    return int((-(-lengths // chunk_size)).sum())
 
 
 def handed_over(library: Library, gradients: Mapping[str, Array | None]) -> dict[str, Array | None]:

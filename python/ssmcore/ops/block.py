@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .. import _core
 from .._arrays import dtype_name, require_mutable
 from .._outputs import library_of
 from ..errors import InvalidArgumentError
 from ._arguments import Array, require_array, require_rank
+
+# Parameters by their published names, and what `_core` calls them.
+NAMES = {
+    "in_proj.weight": "in_proj",
+    "conv1d.weight": "conv_weight",
+    "x_proj.weight": "x_proj",
+    "dt_proj.weight": "dt_proj",
+    "dt_proj.bias": "dt_bias",
+    "A_log": "A",
+    "D": "D",
+    "out_proj.weight": "out_proj",
+    "in_proj.bias": "in_proj_bias",
+    "conv1d.bias": "conv_bias",
+    "out_proj.bias": "out_proj_bias",
+}
+OPTIONAL = ("in_proj.bias", "conv1d.bias", "out_proj.bias")
 
 
 def mamba_block(
@@ -42,36 +60,7 @@ def mamba_block(
         (B, L, d_model), like x.
     """
     require_array(x, "mamba_block: x")
-    required = (
-        "in_proj.weight",
-        "conv1d.weight",
-        "x_proj.weight",
-        "dt_proj.weight",
-        "dt_proj.bias",
-        "A_log",
-        "D",
-        "out_proj.weight",
-    )
-    for name in required:
-        if name not in weights:
-            raise InvalidArgumentError(f"mamba_block: weights has no {name!r}")
-    optional = ("in_proj.bias", "conv1d.bias", "out_proj.bias")
-    for name in weights:
-        if name not in required and name not in optional:
-            raise InvalidArgumentError(f"mamba_block: weights has an unknown {name!r}")
-    conv_weight = weights["conv1d.weight"]
-    require_rank(conv_weight, "mamba_block: conv1d.weight", 3, "(dim, 1, width)")
-    if conv_weight.shape[1] != 1:
-        raise InvalidArgumentError(
-            f"mamba_block: conv1d.weight has shape {tuple(conv_weight.shape)}, "
-            "expected (dim, 1, width)"
-        )
-    A_log = weights["A_log"]
-    require_array(A_log, "mamba_block: A_log")
-    if dt_B_C_norm_eps is not None and not dt_B_C_norm_eps > 0:
-        raise InvalidArgumentError(
-            f"mamba_block: dt_B_C_norm_eps is {dt_B_C_norm_eps!r}, expected more than 0, or None"
-        )
+    parameters = block_parameters("mamba_block", weights, dt_B_C_norm_eps)
     if state_indices is not None and conv_state is None and ssm_state is None:
         raise InvalidArgumentError("mamba_block: state_indices needs conv_state or ssm_state")
     for name, state in (("conv_state", conv_state), ("ssm_state", ssm_state)):
@@ -82,22 +71,40 @@ def mamba_block(
     _core.mamba_block(
         on=library.on(check=check, batch_invariant=batch_invariant),
         x=x,
-        in_proj=weights["in_proj.weight"],
-        in_proj_bias=weights.get("in_proj.bias"),
-        conv_weight=conv_weight[:, 0, :],
-        conv_bias=weights.get("conv1d.bias"),
-        x_proj=weights["x_proj.weight"],
-        dt_proj=weights["dt_proj.weight"],
-        dt_bias=weights["dt_proj.bias"],
-        A=library_of(A_log).decay(A_log),
-        D=weights["D"],
-        out_proj=weights["out_proj.weight"],
-        out_proj_bias=weights.get("out_proj.bias"),
+        **parameters,
         conv_state=conv_state,
         ssm_state=ssm_state,
         cu_seqlens=cu_seqlens,
         state_indices=state_indices,
-        dt_B_C_norm_eps=dt_B_C_norm_eps or 0.0,
         out=out,
     )
     return library.hand_over(out)
+
+
+def block_parameters(
+    op: str, weights: dict[str, Array], dt_B_C_norm_eps: float | None
+) -> dict[str, Any]:
+    """The weights of a block as `_core` takes them: depthwise taps (D, W), A instead of A_log."""
+    for name in NAMES:
+        if name not in weights and name not in OPTIONAL:
+            raise InvalidArgumentError(f"{op}: weights has no {name!r}")
+    for name in weights:
+        if name not in NAMES:
+            raise InvalidArgumentError(f"{op}: weights has an unknown {name!r}")
+    conv_weight, A_log = weights["conv1d.weight"], weights["A_log"]
+    require_rank(conv_weight, f"{op}: conv1d.weight", 3, "(dim, 1, width)")
+    if conv_weight.shape[1] != 1:
+        raise InvalidArgumentError(
+            f"{op}: conv1d.weight has shape {tuple(conv_weight.shape)}, expected (dim, 1, width)"
+        )
+    require_array(A_log, f"{op}: A_log")
+    if dt_B_C_norm_eps is not None and not dt_B_C_norm_eps > 0:
+        raise InvalidArgumentError(
+            f"{op}: dt_B_C_norm_eps is {dt_B_C_norm_eps!r}, expected more than 0, or None"
+        )
+    return {
+        **{key: weights.get(name) for name, key in NAMES.items()},
+        "conv_weight": conv_weight[:, 0, :],
+        "A": library_of(A_log).decay(A_log),
+        "dt_B_C_norm_eps": dt_B_C_norm_eps or 0.0,
+    }

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from .. import _core
 from .._arrays import dtype_name, require_mutable
 from .._outputs import library_of
-from ._arguments import Array, empty_like, require_array, require_rank, require_size
+from ._arguments import Array, count_chunks, empty_like, require_array, require_rank, require_size
 
 
 def selective_scan(
@@ -72,11 +70,7 @@ def selective_scan(
         last_state = library.empty((rows, dim, dstate), dtype_name(A))
     if chunk_size is not None:
         require_size(chunk_size, "selective_scan: chunk_size")
-        chunks = -(-seqlen // chunk_size)
-        if cu_seqlens is not None:
-            # Entries that are no boundaries are refused below.
-            lengths = np.clip(np.diff(library_of(cu_seqlens).to_host(cu_seqlens)), 0, seqlen)
-            chunks = int((-(-lengths // chunk_size)).sum())
+        chunks = count_chunks(seqlen, cu_seqlens, chunk_size)
         chunk_states = library.empty((batch, chunks, dim, dstate), dtype_name(A))
     if return_delta_sum:
         parameter = "float64" if dtype_name(u) == "float64" else "float32"
