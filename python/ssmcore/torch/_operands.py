@@ -82,3 +82,8 @@ def empty_like(x: Tensor) -> Tensor:
         batch, dim, seqlen = x.shape
         return x.new_empty((batch, seqlen, dim)).transpose(1, 2)
     return x.new_empty(x.shape)
+
+
+def zeros_like(x: Tensor) -> Tensor:
+    """Zeros of the shape of `x`, in the memory of one."""
+    return x.new_zeros(()).expand(x.shape)

@@ -15,17 +15,15 @@ from torch import Tensor
 _LIBRARY: Any = torch.library.Library("ssmcore", "DEF")  # type: ignore[no-untyped-call]
 
 
-def operator(
-    name: str, writes: Sequence[str] = ()
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers a function as the operator ssmcore::name, and gives what calls it.
+def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a function as the operator of a schema, and gives what calls it.
 
-    Its schema follows from its annotations; it changes the arguments named in `writes`, in place,
-    and its results share memory with none.
+    It computes on the CPU and on CUDA. Its results share no memory with each other or an argument.
     """
+    name = schema.partition("(")[0]
 
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
-        _LIBRARY.define(name + torch.library.infer_schema(kernel, mutates_args=writes))
+        _LIBRARY.define(schema)
         for key in ("CPU", "CUDA"):
             _LIBRARY.impl(name, kernel, key)
         overload: Callable[..., Any] = getattr(torch.ops.ssmcore, name).default
@@ -43,10 +41,24 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def differentiable(
     name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]
 ) -> None:
-    """Registers the gradients of ssmcore::name, as `torch.library.register_autograd` takes them."""
+    """Registers the gradients of ssmcore::name, as `torch.library.register_autograd` takes them.
+
+    They are computed by ssmcore::name_bwd, which has none itself, and says so.
+    """
+
+    def refuse(ctx: Any, *gradients: Any) -> None:
+        raise RuntimeError(f"ssmcore::{name}: second derivatives are not supported")
+
     torch.library.register_autograd(
         f"ssmcore::{name}", backward, setup_context=setup_context, lib=_LIBRARY
     )
+    torch.library.register_autograd(f"ssmcore::{name}_bwd", refuse, lib=_LIBRARY)
+
+
+def spread(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients of the inputs that need one, with None for the others."""
+    given = iter(gradients)
+    return [next(given) if need else None for need in needs]
 
 
 def count_as_written(tensor: Tensor) -> None:

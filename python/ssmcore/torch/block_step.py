@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ._block_parameters import PARAMETERS, block_parameters, by_name
 from ._operands import cast, is_autocast
 from ._operators import count_as_written, fake, operator
 
@@ -35,19 +36,11 @@ def advance(
     seqlen, width = x.shape[1], conv_state.shape[2]
     if 0 < seqlen < width:
         exact_conv[..., 0] = exact_conv[..., seqlen]
-    out: Tensor = _mamba_block(
+    # A traced program needs the operator; otherwise the way through it would take half the time.
+    run = _mamba_block if torch.compiler.is_compiling() else _run_mamba_block
+    out: Tensor = run(
         x.contiguous(),
-        mixer.in_proj.weight,
-        mixer.in_proj.bias,
-        mixer.conv1d.weight,
-        mixer.conv1d.bias,
-        mixer.x_proj.weight,
-        mixer.dt_proj.weight,
-        cast(mixer.dt_proj.bias, torch.float32),
-        cast(mixer.A_log, torch.float32),
-        cast(mixer.D, torch.float32),
-        mixer.out_proj.weight,
-        mixer.out_proj.bias,
+        *block_parameters(mixer, torch.float32),
         exact_conv[..., 1:],
         exact_ssm,
         dt_B_C_norm_eps,
@@ -60,56 +53,24 @@ def advance(
     return out
 
 
-@operator(
-    "mamba_block",
-    writes=(
-        "conv_state",
-        "ssm_state",
-    ),
-)
-def _mamba_block(
-    x: Tensor,
-    in_proj: Tensor,
-    in_proj_bias: Tensor | None,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    x_proj: Tensor,
-    dt_proj: Tensor,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    out_proj: Tensor,
-    out_proj_bias: Tensor | None,
-    conv_state: Tensor,
-    ssm_state: Tensor,
-    dt_B_C_norm_eps: float,
-) -> Tensor:
-    weights = {
-        "in_proj.weight": in_proj,
-        "conv1d.weight": conv_weight,
-        "x_proj.weight": x_proj,
-        "dt_proj.weight": dt_proj,
-        "dt_proj.bias": dt_bias,
-        "A_log": A_log,
-        "D": D,
-        "out_proj.weight": out_proj,
-    }
-    biases = {
-        "in_proj.bias": in_proj_bias,
-        "conv1d.bias": conv_bias,
-        "out_proj.bias": out_proj_bias,
-    }
-    weights |= {name: bias for name, bias in biases.items() if bias is not None}
+def _run_mamba_block(x: Tensor, *arguments: Any) -> Tensor:
+    *parameters, conv_state, ssm_state, eps = arguments
     out: Tensor = ops.mamba_block(
         x,
-        weights,
+        by_name(*parameters),
         conv_state=conv_state,
         ssm_state=ssm_state,
-        dt_B_C_norm_eps=dt_B_C_norm_eps or None,
+        dt_B_C_norm_eps=eps or None,
     )
     return out
 
 
+_mamba_block = operator(
+    f"mamba_block(Tensor x, {PARAMETERS}, Tensor(a!) conv_state, Tensor(b!) ssm_state, "
+    "float dt_B_C_norm_eps) -> Tensor"
+)(_run_mamba_block)
+
+
 @fake("mamba_block")
-def _(x: Tensor, *_: Any) -> Tensor:
+def _(x: Tensor, *arguments: Any) -> Tensor:
     return x.new_empty(x.shape)

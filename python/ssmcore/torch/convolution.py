@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import Any
 
 from torch import Tensor
 
 from .. import ops
-from ._operands import cast, cast_weight, check_no_gradient, check_tensors, empty_like
-from ._operators import count_as_written, fake, operator
+from ._operands import (
+    cast,
+    cast_weight,
+    check_no_gradient,
+    check_tensors,
+    empty_like,
+    zeros_like,
+)
+from ._operators import count_as_written, differentiable, fake, operator, spread
 
 
 def causal_conv1d_fn(
@@ -59,10 +67,10 @@ def causal_conv1d_fn(
         x,
         cast_weight(weight, x),
         cast_weight(bias, x),
-        activation,
         cast(initial_states, x.dtype),
         cu_seqlens,
         seq_idx,
+        activation,
         return_final_states,
     )
     if not return_final_states:
@@ -72,18 +80,19 @@ def causal_conv1d_fn(
     return out, final_states
 
 
-@operator("causal_conv1d")
-def _causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seq_idx: Tensor | None,
-    return_final_state: bool,
-) -> tuple[Tensor, Tensor]:
-    """(out, final_state), which is empty where it is not asked for."""
+_ARGUMENTS = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, "
+    "Tensor? seq_idx, str? activation"
+)
+_INPUTS = ("x", "weight", "bias", "initial_state")
+
+
+@operator(
+    f"causal_conv1d({_ARGUMENTS}, bool return_final_state) -> (Tensor out, Tensor final_state)"
+)
+def _causal_conv1d(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The final state is empty where it is not asked for."""
+    x, weight, bias, initial_state, cu_seqlens, seq_idx, activation, has_final_state = arguments
     results = ops.causal_conv1d(
         x,
         weight,
@@ -92,27 +101,66 @@ def _causal_conv1d(
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
         seq_idx=seq_idx,
-        return_final_state=return_final_state,
+        return_final_state=has_final_state,
     )
-    return results if return_final_state else (results, x.new_empty(0))
+    return results if has_final_state else (results, x.new_empty(0))
 
 
 @fake("causal_conv1d")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seq_idx: Tensor | None,
-    return_final_state: bool,
-) -> tuple[Tensor, Tensor]:
-    if not return_final_state:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Tensor, Tensor]:
+    initial_state, cu_seqlens, _, _, has_final_state = others
+    if not has_final_state:
         return empty_like(x), x.new_empty(0)
     state_len = weight.shape[1] - 1 if initial_state is None else initial_state.shape[2]
     rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return empty_like(x), x.new_empty((rows, x.shape[1], state_len))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.activation, has_final_state = inputs
+    ctx.set_materialize_grads(False)
+    if not has_final_state:
+        ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(
+    ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    needs = ctx.needs_input_grad[: len(_INPUTS)]
+    if dout is None:
+        dout = zeros_like(tensors[0])
+    gradients = _causal_conv1d_bwd(dout, dfinal_state, *tensors, ctx.activation, needs)
+    return (*spread(gradients, needs), None, None, None, None)
+
+
+@operator(
+    f"causal_conv1d_bwd(Tensor dout, Tensor? dfinal_state, {_ARGUMENTS}, bool[] needs) -> Tensor[]"
+)
+def _causal_conv1d_bwd(dout: Tensor, dfinal_state: Tensor | None, *arguments: Any) -> list[Tensor]:
+    x, weight, bias, initial_state, cu_seqlens, seq_idx, activation, needs = arguments
+    gradients = ops.causal_conv1d_bwd(
+        dout,
+        x,
+        weight,
+        bias,
+        activation,
+        dfinal_state=dfinal_state,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+        seq_idx=seq_idx,
+        needs=list(compress(_INPUTS, needs)),
+    )
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+@fake("causal_conv1d_bwd")
+def _(dout: Tensor, dfinal_state: Tensor | None, *arguments: Any) -> list[Tensor]:
+    return [empty_like(tensor) for tensor in compress(arguments, arguments[-1])]
+
+
+differentiable("causal_conv1d", _backward, _setup_context)
 
 
 def causal_conv1d_update(
@@ -160,28 +208,18 @@ def causal_conv1d_update(
     return out
 
 
-@operator("causal_conv1d_update", writes=("conv_state",))
-def _causal_conv1d_update(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    cache_seqlens: Tensor | None,
-    state_indices: Tensor | None,
-) -> Tensor:
+@operator(
+    "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, "
+    "str? activation, Tensor? cache_seqlens, Tensor? state_indices) -> Tensor"
+)
+def _causal_conv1d_update(*arguments: Any) -> Tensor:
+    *others, cache_seqlens, state_indices = arguments
     out: Tensor = ops.causal_conv1d_update(
-        x,
-        conv_state,
-        weight,
-        bias,
-        activation,
-        cache_seqlens=cache_seqlens,
-        state_indices=state_indices,
+        *others, cache_seqlens=cache_seqlens, state_indices=state_indices
     )
     return out
 
 
 @fake("causal_conv1d_update")
-def _(x: Tensor, *_: Any) -> Tensor:
+def _(x: Tensor, *others: Any) -> Tensor:
     return empty_like(x)

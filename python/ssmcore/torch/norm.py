@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ._operands import check_tensors
-from ._operators import fake, operator
+from ._operands import check_tensors, zeros_like
+from ._operators import differentiable, fake, operator, spread
 
 
 def rms_norm_fn(
@@ -63,11 +64,16 @@ def rms_norm_fn(
     return out, r
 
 
-@operator("rms_norm")
+_INPUTS = ("x", "weight", "residual")
+
+
+@operator(
+    "rms_norm(Tensor x, Tensor? weight, Tensor? residual, float eps) -> (Tensor out, Tensor sum)"
+)
 def _rms_norm(
     x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(out, x + residual), which is empty without a residual."""
+    """The sum is empty without a residual."""
     results = ops.rms_norm(x, weight, residual=residual, eps=eps)
     return results if residual is not None else (results, x.new_empty(0))
 
@@ -78,6 +84,51 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     r = x.new_empty(0) if residual is None else residual.new_empty(residual.shape)
     return x.new_empty(x.shape), r
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.set_materialize_grads(False)
+    if tensors[2] is None:
+        ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(
+    ctx: Any, dout: Tensor | None, dresidual_out: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    needs = ctx.needs_input_grad[: len(_INPUTS)]
+    if dout is None:
+        dout = zeros_like(tensors[0])
+    gradients = _rms_norm_bwd(dout, dresidual_out, *tensors, ctx.eps, needs)
+    return (*spread(gradients, needs), None)
+
+
+@operator(
+    "rms_norm_bwd(Tensor dout, Tensor? dresidual_out, Tensor x, Tensor? weight, Tensor? residual, "
+    "float eps, bool[] needs) -> Tensor[]"
+)
+def _rms_norm_bwd(dout: Tensor, dresidual_out: Tensor | None, *arguments: Any) -> list[Tensor]:
+    x, weight, residual, eps, needs = arguments
+    gradients = ops.rms_norm_bwd(
+        dout,
+        x,
+        weight,
+        dresidual_out=dresidual_out,
+        residual=residual,
+        eps=eps,
+        needs=list(compress(_INPUTS, needs)),
+    )
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+@fake("rms_norm_bwd")
+def _(dout: Tensor, dresidual_out: Tensor | None, *arguments: Any) -> list[Tensor]:
+    return [tensor.new_empty(tensor.shape) for tensor in compress(arguments, arguments[-1])]
+
+
+differentiable("rms_norm", _backward, _setup_context)
 
 
 class RMSNorm(nn.Module):

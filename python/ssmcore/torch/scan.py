@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from ._operands import (
     empty_like,
     is_autocast,
     parameter_dtype,
+    zeros_like,
 )
-from ._operators import count_as_written, fake, operator
+from ._operators import count_as_written, differentiable, fake, operator, spread
 
 # Steps between two states that the forward keeps for the backward.
 _CHUNK_SIZE = 64
@@ -88,63 +90,97 @@ def selective_scan_fn(
     )
     chunk_size = _CHUNK_SIZE if differentiable and cu_seqlens is None else 0
     out, last_state, _ = _selective_scan(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, chunk_size
+        u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, chunk_size
     )
     return (out, last_state) if return_last_state else out
 
 
-@operator("selective_scan")
-def _selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, last_state, chunk_states); no chunk states if chunk_size is 0."""
-    results = ops.selective_scan(
-        u,
-        delta,
-        A,
-        B,
-        C,
-        D,
-        z,
-        delta_bias,
+_ARGUMENTS = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+    "Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens, bool delta_softplus, "
+    "int chunk_size"
+)
+_INPUTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+
+
+@operator(f"selective_scan({_ARGUMENTS}) -> (Tensor out, Tensor last_state, Tensor chunk_states)")
+def _selective_scan(*arguments: Any) -> tuple[Tensor, ...]:
+    """No chunk states are kept if chunk_size is 0."""
+    *tensors, initial_state, cu_seqlens, delta_softplus, chunk_size = arguments
+    results: tuple[Tensor, ...] = ops.selective_scan(
+        *tensors,
         delta_softplus,
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
         chunk_size=chunk_size or None,
     )
-    return results if chunk_size else (*results, A.new_empty(0))
+    return results if chunk_size else (*results, tensors[0].new_empty(0))
 
 
 @fake("selective_scan")
-def _(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(u: Tensor, delta: Tensor, A: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    *_, cu_seqlens, _, chunk_size = others
     batch, dim, seqlen = u.shape
+    dstate = A.shape[1]
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    chunks = [batch, -(-seqlen // chunk_size), dim, A.shape[1]] if chunk_size else [0]
-    return empty_like(u), A.new_empty((rows, dim, A.shape[1])), A.new_empty(chunks)
+    if chunk_size:
+        chunk_states = A.new_empty((batch, -(-seqlen // chunk_size), dim, dstate))
+    else:
+        chunk_states = u.new_empty(0)
+    return empty_like(u), A.new_empty((rows, dim, dstate)), chunk_states
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.delta_softplus, ctx.chunk_size = inputs
+    chunk_states = output[2]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(chunk_states)
+    ctx.save_for_backward(*tensors, chunk_states)
+
+
+def _backward(
+    ctx: Any, dout: Tensor | None, dlast_state: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    *tensors, chunk_states = ctx.saved_tensors
+    needs = ctx.needs_input_grad[: len(_INPUTS)]
+    gradients = _selective_scan_bwd(
+        zeros_like(tensors[0]) if dout is None else dout,
+        dlast_state,
+        *tensors,
+        ctx.delta_softplus,
+        ctx.chunk_size,
+        chunk_states,
+        needs,
+    )
+    return (*spread(gradients, needs), None, None, None)
+
+
+@operator(
+    f"selective_scan_bwd(Tensor dout, Tensor? dlast_state, {_ARGUMENTS}, Tensor chunk_states, "
+    "bool[] needs) -> Tensor[]"
+)
+def _selective_scan_bwd(dout: Tensor, dlast_state: Tensor | None, *arguments: Any) -> list[Tensor]:
+    *tensors, initial_state, cu_seqlens, delta_softplus, chunk_size, chunk_states, needs = arguments
+    gradients = ops.selective_scan_bwd(
+        dout,
+        *tensors,
+        delta_softplus,
+        dlast_state=dlast_state,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+        chunk_states=chunk_states if chunk_size else None,
+        chunk_size=chunk_size or None,
+        needs=list(compress(_INPUTS, needs)),
+    )
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+@fake("selective_scan_bwd")
+def _(dout: Tensor, dlast_state: Tensor | None, *arguments: Any) -> list[Tensor]:
+    return [empty_like(tensor) for tensor in compress(arguments, arguments[-1])]
+
+
+differentiable("selective_scan", _backward, _setup_context)
 
 
 def selective_state_update(
@@ -206,26 +242,16 @@ def selective_state_update(
     return out
 
 
-@operator("selective_state_update", writes=("state",))
-def _selective_state_update(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    state_indices: Tensor | None,
-) -> Tensor:
-    out: Tensor = ops.selective_state_update(
-        state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_indices=state_indices
-    )
+@operator(
+    "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
+    "Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus, Tensor? state_indices) -> Tensor"
+)
+def _selective_state_update(*arguments: Any) -> Tensor:
+    *others, state_indices = arguments
+    out: Tensor = ops.selective_state_update(*others, state_indices=state_indices)
     return out
 
 
 @fake("selective_state_update")
-def _(state: Tensor, x: Tensor, *_: Any) -> Tensor:
+def _(state: Tensor, x: Tensor, *others: Any) -> Tensor:
     return x.new_empty(x.shape)
