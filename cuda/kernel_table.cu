@@ -7,6 +7,7 @@
 namespace ssmcore::cuda {
 
 SSMCORE_FOR_EACH_KERNEL(SSMCORE_DECLARE_KERNEL)
+SSMCORE_FOR_EACH_GPU_KERNEL(SSMCORE_DECLARE_KERNEL)
 
 namespace {
 
@@ -38,6 +39,7 @@ const KernelTable& kernel_table() {
    },                                                    \
    name##_workspace_size},
       SSMCORE_FOR_EACH_KERNEL(SSMCORE_KERNEL_ENTRY)
+          SSMCORE_FOR_EACH_GPU_KERNEL(SSMCORE_KERNEL_ENTRY)
 #undef SSMCORE_KERNEL_ENTRY
   };
   return table;

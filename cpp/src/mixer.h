@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "ssmcore/context.h"
@@ -26,12 +27,26 @@ struct MixerFwdArgs {
   TensorView cu_seqlens;  // optional (sequences + 1), int32: packed; they are the rows for states
 };
 
+// One token of each row through a whole layer: residual += mixer(norm(residual)).
+struct LayerStepArgs {
+  TensorView residual;       // (rows, d_model), float32, contiguous, updated
+  TensorView norm;           // (d_model)
+  float eps;                 // of the norm
+  const TensorView* states;  // as in MixerFwdArgs
+  TensorView state_indices;  // (rows), int32, contiguous
+};
+
 class Mixer {
  public:
   virtual ~Mixer() = default;
   virtual std::vector<StateSpec> state_specs() const = 0;
   virtual size_t workspace_size(const MixerFwdArgs& args, const Context& context) const = 0;
   virtual void forward(const MixerFwdArgs& args, const Exec& exec) const = 0;
+  // Workspace that step() needs; nothing where there is no kernel for it, so that the norm and
+  // forward() are the way.
+  virtual std::optional<size_t> step_workspace_size(const LayerStepArgs& args,
+                                                    const Context& context) const = 0;
+  virtual void step(const LayerStepArgs& args, const Exec& exec) const = 0;
 };
 
 // The mixer of layer `layer`, its weights taken from `loader`.
