@@ -31,8 +31,14 @@ class PoolAllocator final : public Allocator {
   void* allocate(size_t bytes, void* stream) override {
     const DeviceGuard guard(index_);
     void* data = nullptr;
-    const cudaError_t status =
+    cudaError_t status =
         cudaMallocFromPoolAsync(&data, bytes, pool_, static_cast<cudaStream_t>(stream));
+    if (status == cudaErrorMemoryAllocation) {
+      // What is kept in pieces may do as a whole.
+      cudaGetLastError();
+      release_unused();
+      status = cudaMallocFromPoolAsync(&data, bytes, pool_, static_cast<cudaStream_t>(stream));
+    }
     if (status == cudaErrorMemoryAllocation) {
       cudaGetLastError();
       return nullptr;
@@ -43,6 +49,16 @@ class PoolAllocator final : public Allocator {
 
   void deallocate(void* data, size_t, void* stream) noexcept override {
     cudaFreeAsync(data, static_cast<cudaStream_t>(stream));
+  }
+
+  void release_unused() noexcept override {
+    int before = index_;
+    cudaGetDevice(&before);
+    cudaSetDevice(index_);
+    cudaDeviceSynchronize();  // what is freed in the order of a stream is so only now
+    cudaMemPoolTrimTo(pool_, 0);
+    cudaGetLastError();  // an error of the device is the next call's to find
+    cudaSetDevice(before);
   }
 
  private:

@@ -71,6 +71,7 @@ DeviceState::DeviceState(int index) : index_(index) {
   check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), "device");
   check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index), "device");
   shared_memory_per_block_ = static_cast<size_t>(shared);
+  can_begin_early_ = major >= 9;
   cudaFuncAttributes attributes;
   const cudaError_t image = cudaFuncGetAttributes(&attributes, probe_kernel);
   if (image == cudaErrorNoKernelImageForDevice || image == cudaErrorInvalidDeviceFunction) {
@@ -121,6 +122,11 @@ int device_count() {
   return 0;
 }
 
+void device_memory(DeviceState& device, size_t* free, size_t* total) {
+  const DeviceGuard guard(device.index());
+  check(cudaMemGetInfo(free, total), "device_memory");
+}
+
 void synchronize(DeviceState& device, void* stream) {
   const DeviceGuard guard(device.index());
   check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)), "synchronize");
@@ -153,6 +159,11 @@ void copy_bytes(DeviceState& device, void* to, const void* from, size_t bytes, v
   const DeviceGuard guard(device.index());
   check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, static_cast<cudaStream_t>(stream)),
         "copy");
+}
+
+void zero_bytes(DeviceState& device, void* to, size_t bytes, void* stream) {
+  const DeviceGuard guard(device.index());
+  check(cudaMemsetAsync(to, 0, bytes, static_cast<cudaStream_t>(stream)), "copy");
 }
 
 }  // namespace ssmcore::cuda

@@ -23,6 +23,8 @@ class DeviceState {
 
   int index() const { return index_; }
   int num_sms() const { return num_sms_; }
+  // Whether a launch can begin before the one before it has ended: since compute capability 9.0.
+  bool can_begin_early() const { return can_begin_early_; }
   // Dynamic shared memory that a block may be given.
   size_t shared_memory_per_block() const { return shared_memory_per_block_; }
 
@@ -36,6 +38,7 @@ class DeviceState {
 
  private:
   int index_, num_sms_ = 0;
+  bool can_begin_early_ = false;
   size_t shared_memory_per_block_ = 0;
   uint32_t* host_faults_ = nullptr;  // pinned memory that the device writes
   uint32_t* device_faults_ = nullptr;

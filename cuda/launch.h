@@ -41,6 +41,7 @@ struct Grid {
   dim3 blocks;
   int threads;
   size_t shared_bytes = 0;
+  bool begins_early = false;  // before the launch before it has ended: device/dependent_launch.cuh
 };
 
 // Launches on the stream of `exec`; arguments are converted to the kernel's own.
@@ -52,6 +53,11 @@ void launch_kernel(const char* op, void (*kernel)(Parameters...), const Grid& gr
   config.blockDim = dim3(static_cast<unsigned>(grid.threads));
   config.dynamicSmemBytes = grid.shared_bytes;
   config.stream = static_cast<cudaStream_t>(exec.stream);
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &early;
+  config.numAttrs = grid.begins_early && exec.context.cuda().can_begin_early() ? 1 : 0;
   if (grid.shared_bytes > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(grid.shared_bytes)),

@@ -39,7 +39,7 @@ int main(int argc, char** argv) {
   ssmcore_state* state;
   check(ssmcore_context_create(NULL, &context));
   check(ssmcore_model_load(context, argv[1], NULL, &model));
-  check(ssmcore_state_create(model, 1, &state));
+  check(ssmcore_state_create(model, 1, NULL, &state));
   ssmcore_model_info info = SSMCORE_INIT(ssmcore_model_info);
   check(ssmcore_model_get_info(model, &info));
 

@@ -162,22 +162,22 @@ ssmcore_status ssmcore_model_get_info(const ssmcore_model* model, ssmcore_model_
   });
 }
 
-ssmcore_status ssmcore_state_create(const ssmcore_model* model, int64_t num_slots,
+ssmcore_status ssmcore_state_create(const ssmcore_model* model, int64_t num_slots, void* stream,
                                     ssmcore_state** state) {
   constexpr const char* kOp = "state_create";
   return guarded([&] {
     required(kOp, "state", state) = nullptr;
     const auto& held = required(kOp, "model", model).held;
-    *state = new ssmcore_state{held, held->model.new_state(num_slots)};
+    *state = new ssmcore_state{held, held->model.new_state(num_slots, stream)};
   });
 }
 
-ssmcore_status ssmcore_state_clone(const ssmcore_state* state, ssmcore_state** copy) {
+ssmcore_status ssmcore_state_clone(const ssmcore_state* state, void* stream, ssmcore_state** copy) {
   constexpr const char* kOp = "state_clone";
   return guarded([&] {
     required(kOp, "copy", copy) = nullptr;
     const ssmcore_state& original = required(kOp, "state", state);
-    *copy = new ssmcore_state{original.model, original.state.clone()};
+    *copy = new ssmcore_state{original.model, original.state.clone(stream)};
   });
 }
 
@@ -198,12 +198,15 @@ ssmcore_status ssmcore_state_nbytes(const ssmcore_state* state, size_t* nbytes) 
       [&] { required(kOp, "nbytes", nbytes) = required(kOp, "state", state).state.nbytes(); });
 }
 
-ssmcore_status ssmcore_state_reset_slot(ssmcore_state* state, int64_t slot) {
-  return guarded([&] { required("state_reset_slot", "state", state).state.reset_slot(slot); });
+ssmcore_status ssmcore_state_reset_slot(ssmcore_state* state, int64_t slot, void* stream) {
+  return guarded(
+      [&] { required("state_reset_slot", "state", state).state.reset_slot(slot, stream); });
 }
 
-ssmcore_status ssmcore_state_copy_slot(ssmcore_state* state, int64_t from, int64_t to) {
-  return guarded([&] { required("state_copy_slot", "state", state).state.copy_slot(from, to); });
+ssmcore_status ssmcore_state_copy_slot(ssmcore_state* state, int64_t from, int64_t to,
+                                       void* stream) {
+  return guarded(
+      [&] { required("state_copy_slot", "state", state).state.copy_slot(from, to, stream); });
 }
 
 ssmcore_status ssmcore_model_prefill_workspace_size(const ssmcore_model* model,

@@ -1,5 +1,6 @@
 #include "ssmcore/checkpoint.h"
 
+#include <algorithm>
 #include <filesystem>
 #include <memory>
 #include <string>
@@ -66,6 +67,7 @@ TensorMap open_shards(const fs::path& folder) {
     owners->push_back(std::move(shard.owner));
   }
   all.owner = owners;
+  all.is_mapped = true;
   return all;
 }
 
@@ -114,6 +116,15 @@ std::map<std::string, std::vector<std::string>> open_shard_index(const std::stri
     shards[file.get<std::string>()].push_back(name);
   }
   return shards;
+}
+
+DType stored_dtype(const Checkpoint& checkpoint) {
+  std::map<DType, int64_t> counts;
+  for (const auto& [name, tensor] : checkpoint.tensors.tensors)
+    counts[tensor.dtype] += tensor.numel();
+  const auto fewer = [](const auto& a, const auto& b) { return a.second < b.second; };
+  const auto most = std::max_element(counts.begin(), counts.end(), fewer);
+  return most == counts.end() ? DType::float32 : most->first;
 }
 
 Checkpoint open_checkpoint(const std::string& folder) {

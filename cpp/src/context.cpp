@@ -80,6 +80,14 @@ void Context::synchronize(void* stream) const {
   if (cuda_) cuda::synchronize(*cuda_, stream);
 }
 
+DeviceMemory device_memory(const Context& context) {
+  if (context.device().type == DeviceType::cpu)
+    throw Error(ErrorCode::unsupported, "device_memory: the device is cpu, expected a GPU");
+  DeviceMemory memory;
+  cuda::device_memory(context.cuda(), &memory.free, &memory.total);
+  return memory;
+}
+
 void set_cublaslt_path(const std::string& path) {
   cuda::set_cublaslt_path(path.c_str());
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <functional>
 #include <memory>
 
 #include "ssmcore/buffer.h"
@@ -15,6 +16,8 @@ class DeviceState;
 std::shared_ptr<DeviceState> make_device_state(int index);
 
 int device_count();
+
+void device_memory(DeviceState& device, size_t* free, size_t* total);
 
 Allocator& default_allocator(int index);
 
@@ -35,5 +38,23 @@ void wait_for(DeviceState& device, void* stream, void* earlier);
 // Between any two of host and device, in the order of `stream`. From and to pageable host memory
 // it returns when the copy is done.
 void copy_bytes(DeviceState& device, void* to, const void* from, size_t bytes, void* stream);
+
+// Memory of the device, in the order of `stream`.
+void zero_bytes(DeviceState& device, void* to, size_t bytes, void* stream);
+
+// Memory of the host that kernels can write.
+std::shared_ptr<void> make_host_memory(DeviceState& device, size_t bytes);
+
+// A point in the order of a stream, for the host to wait for; it then throws what a kernel had to
+// report.
+std::shared_ptr<void> make_event(DeviceState& device);
+void record_event(DeviceState& device, void* event, void* stream);
+void wait_for_event(DeviceState& device, void* event);
+
+// What `work` launches on the stream that it is given, as one graph, to be launched any number of
+// times. `op` begins messages of errors.
+std::shared_ptr<void> capture(DeviceState& device, const char* op,
+                              const std::function<void(void* stream)>& work);
+void launch_graph(DeviceState& device, void* graph, void* stream);
 
 }  // namespace ssmcore::cuda

@@ -6,8 +6,10 @@
 #include "causal_conv1d_params.h"
 #include "checks.h"
 #include "cross_entropy_params.h"
+#include "decoder_params.h"
 #include "embedding_params.h"
 #include "linear_params.h"
+#include "mamba_step_params.h"
 #include "rms_norm_params.h"
 #include "sample_params.h"
 #include "selective_scan_params.h"
@@ -37,9 +39,18 @@
   SSMCORE_FOR_EACH_FORWARD_KERNEL(X)      \
   SSMCORE_FOR_EACH_GRADIENT_KERNEL(X)
 
+// On the CPU compiled once, for every instruction set.
+#define SSMCORE_FOR_EACH_PLAIN_KERNEL(X) \
+  X(sample, SampleParams)                \
+  X(decoder_gather, DecoderRowsParams)   \
+  X(decoder_scatter, DecoderRowsParams)
+
 #define SSMCORE_FOR_EACH_KERNEL(X)  \
   SSMCORE_FOR_EACH_VECTOR_KERNEL(X) \
-  X(sample, SampleParams)
+  SSMCORE_FOR_EACH_PLAIN_KERNEL(X)
+
+// On a GPU alone: the CPU's table holds null.
+#define SSMCORE_FOR_EACH_GPU_KERNEL(X) X(mamba_step, MambaStepParams)
 
 #define SSMCORE_DECLARE_KERNEL(name, Params) \
   void name(const Params&, const Exec&);     \
@@ -53,9 +64,13 @@ struct Kernel {
   size_t (*workspace_size)(const Params&, const Context&);
 };
 
+// What workspace_size says of what a GPU kernel does not take.
+inline constexpr size_t kNoKernel = SIZE_MAX;
+
 struct KernelTable {
 #define SSMCORE_KERNEL_MEMBER(name, Params) Kernel<Params> name;
   SSMCORE_FOR_EACH_KERNEL(SSMCORE_KERNEL_MEMBER)
+  SSMCORE_FOR_EACH_GPU_KERNEL(SSMCORE_KERNEL_MEMBER)
 #undef SSMCORE_KERNEL_MEMBER
 };
 

@@ -2,10 +2,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <numeric>
 
 #include "checks.h"
 #include "language_model_parts.h"
+#include "memory.h"
 #include "scratch.h"
 #include "ssmcore/embedding.h"
 #include "ssmcore/error.h"
@@ -16,12 +18,19 @@
 namespace ssmcore {
 namespace {
 
-// Tokens, over all rows, that one pass through the layers takes: enough for matrix products to be
-// efficient, few enough for memory to stay small.
-constexpr int64_t kChunkTokens = 512;
+// Tokens, over all rows, that one pass through the layers takes: enough for matrix products (and on
+// a GPU scans) to be efficient, few enough for memory to stay small.
+constexpr int64_t kChunkTokens = 512, kGpuChunkTokens = 8192;
+// Last positions of packed sequences that go through the head at a time.
+constexpr int64_t kLastPositions = 64;
 
-int64_t chunk_length(int64_t batch, int64_t seqlen) {
-  return std::clamp<int64_t>(kChunkTokens / batch, 1, seqlen);
+bool is_gpu(const Context& context) {
+  return context.device().type == DeviceType::cuda;
+}
+
+int64_t chunk_length(int64_t batch, int64_t seqlen, const Context& context) {
+  const int64_t tokens = is_gpu(context) ? kGpuChunkTokens : kChunkTokens;
+  return std::clamp<int64_t>(tokens / batch, 1, seqlen);
 }
 
 // (batch, seqlen, n) as few (rows, n) views as its strides allow.
@@ -47,6 +56,18 @@ int32_t entry(const TensorView& list, int64_t i) {
   return list.as<const int32_t>()[i * list.strides[0]];
 }
 
+// A copy of (rows, n) of the host, whatever its strides, in contiguous memory of the device.
+void upload(const TensorView& host, const TensorView& device, const Exec& exec) {
+  const size_t size = dtype_size(host.dtype), row_bytes = size * static_cast<size_t>(host.shape[1]);
+  std::vector<char> values(row_bytes * static_cast<size_t>(host.shape[0]));
+  char* to = values.data();
+  for (int64_t b = 0; b < host.shape[0]; ++b)
+    for (int64_t i = 0; i < host.shape[1]; ++i, to += size)
+      std::memcpy(to, host.as<const char>() + (b * host.strides[0] + i * host.strides[1]) * size,
+                  size);
+  copy_bytes(exec.context, device.data, values.data(), values.size(), exec.stream);
+}
+
 // The packed sequences of one chunk, none of them empty: at most one for each token.
 struct PackedChunk {
   TensorView cu_seqlens, state_indices;  // as in MixerFwdArgs
@@ -59,7 +80,28 @@ struct PackedChunk {
 
   // Cuts tokens [begin, begin + length) out of `all`, of which `row` is the first sequence that has
   // not ended before. Returns the first that does not end within.
-  int64_t fill(const LanguageModelFwdArgs& all, int64_t row, int64_t begin, int64_t length) {
+  int64_t fill(const LanguageModelFwdArgs& all, int64_t row, int64_t begin, int64_t length,
+               const Exec& exec) {
+    if (!is_gpu(exec.context)) return fill_lists(all, row, begin, length);
+    Scratch nowhere = Scratch::nowhere();
+    PackedChunk(length, {}, nowhere);
+    std::vector<char> memory(nowhere.used());
+    Scratch scratch(memory.data());
+    PackedChunk host(length, {}, scratch);
+    row = host.fill_lists(all, row, begin, length);
+    for (const auto& [from, to] : {std::pair{&host.cu_seqlens, &cu_seqlens},
+                                   {&host.state_indices, &state_indices},
+                                   {&host.last_positions, &last_positions}}) {
+      to->shape[0] = from->shape[0];
+      copy_bytes(exec.context, to->data, from->data,
+                 sizeof(int32_t) * static_cast<size_t>(from->shape[0]), exec.stream);
+    }
+    return row;
+  }
+
+ private:
+  // In memory of the host.
+  int64_t fill_lists(const LanguageModelFwdArgs& all, int64_t row, int64_t begin, int64_t length) {
     const auto append = [](TensorView& list, int64_t value) {
       list.as<int32_t>()[list.shape[0]++] = static_cast<int32_t>(value);
     };
@@ -90,20 +132,28 @@ uint64_t next_serial() {
 // The activations of one chunk.
 struct LanguageModel::Activations {
   TensorView residual, normed, hidden;  // (batch, length, d_model)
+  TensorView token_ids, state_indices;  // room for those of the host, on a GPU
 
   Activations(int64_t batch, int64_t length, int64_t d_model, DType dtype, Device device,
               Scratch& scratch)
       : residual(scratch.tensor(DType::float32, {batch, length, d_model}, device)),
         normed(scratch.tensor(dtype, {batch, length, d_model}, device)),
-        hidden(scratch.tensor(dtype, {batch, length, d_model}, device)) {}
+        hidden(scratch.tensor(dtype, {batch, length, d_model}, device)) {
+    if (device.type == DeviceType::cpu) return;
+    token_ids = scratch.tensor(DType::int64, {batch, length}, device);
+    state_indices = scratch.tensor(DType::int32, {batch}, device);
+  }
 };
 
 LanguageModel::LanguageModel(const Checkpoint& checkpoint, const Context& context,
                              const LoadOptions& options)
     : checkpoint_(options.trainable ? float32_copy(checkpoint) : checkpoint),
-      dtype_(options.dtype),
       trainable_(options.trainable),
-      serial_(next_serial()) {
+      serial_(next_serial()),
+      context_(&context) {
+  dtype_ = options.dtype     ? *options.dtype
+           : is_gpu(context) ? stored_dtype(checkpoint)
+                             : DType::float32;
   Checks("language_model", context.device())
       .require(std::find(kActivationTypes.begin(), kActivationTypes.end(), dtype_) !=
                    kActivationTypes.end(),
@@ -111,17 +161,30 @@ LanguageModel::LanguageModel(const Checkpoint& checkpoint, const Context& contex
                  return std::string("dtype is ") + dtype_name(dtype_) +
                         ", expected float32, bfloat16 or float16";
                });
-  allocator_ = &context.allocator();
-  load();
+  try {
+    load(options.progress);
+  } catch (...) {
+    layers_.clear();
+    buffers_.clear();
+    context.allocator().release_unused();
+    throw;
+  }
 }
 
-LanguageModel::~LanguageModel() = default;
 LanguageModel::LanguageModel(LanguageModel&&) noexcept = default;
 
-void LanguageModel::load() {
+LanguageModel::~LanguageModel() {
+  if (buffers_.empty()) return;
+  Allocator& allocator = context_->allocator();
+  allocator.release_unused();  // which waits: calls may be using the weights
+  buffers_.clear();
+  allocator.release_unused();
+}
+
+void LanguageModel::load(const LoadProgress& progress) {
   layers_.clear();
   buffers_.clear();
-  WeightLoader loader(checkpoint_.tensors, *allocator_, buffers_);
+  WeightLoader loader(checkpoint_.tensors, *context_, buffers_, progress);
   constexpr int64_t kNoLayer = WeightLoader::kNoLayer;
   const int64_t d_model = config().d_model;
   embedding_ = loader.matrix("embedding", kNoLayer, config().padded_vocab_size, d_model);
@@ -149,15 +212,15 @@ int64_t LanguageModel::num_parameters() const {
   return sum;
 }
 
-ModelState LanguageModel::new_state(int64_t num_slots) const {
+ModelState LanguageModel::new_state(int64_t num_slots, void* stream) const {
   std::vector<std::vector<StateSpec>> states;
   for (const Layer& layer : layers_) states.push_back(layer.mixer->state_specs());
-  return ModelState(states, num_slots, *allocator_, serial_);
+  return ModelState(states, num_slots, *context_, serial_, stream);
 }
 
 size_t LanguageModel::workspace_size(int64_t batch, int64_t seqlen, const Context& context) const {
   // A shorter last chunk may need more than a whole one: other algorithms serve few rows.
-  const int64_t chunk = chunk_length(batch, seqlen), last = seqlen % chunk;
+  const int64_t chunk = chunk_length(batch, seqlen, context), last = seqlen % chunk;
   return std::max(chunk_workspace_size(batch, chunk, context),
                   last > 0 ? chunk_workspace_size(batch, last, context) : 0);
 }
@@ -174,13 +237,19 @@ size_t LanguageModel::chunk_workspace_size(int64_t batch, int64_t length,
       context);
 
   const auto add_mixers = [&](const TensorView& cu_seqlens, int64_t slots) {
-    for (const Layer& layer : layers_) {
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      // Layers of a kind are alike.
+      if (i > 0 && config().layers[i] == config().layers[i - 1]) continue;
+      const Layer& layer = layers_[i];
       Scratch nowhere = Scratch::nowhere();  // of states only the shapes matter
       std::vector<TensorView> states;
       for (const StateSpec& spec : layer.mixer->state_specs())
         states.push_back(nowhere.tensor(spec.dtype, {slots, spec.shape[0], spec.shape[1]}, device));
       const MixerFwdArgs args{at.normed, at.hidden, states.data(), {}, cu_seqlens};
       largest = std::max(largest, layer.mixer->workspace_size(args, context));
+      if (length > 1) continue;
+      const LayerStepArgs step{flat(at.residual), layer.norm, 0, states.data(), {}};
+      largest = std::max(largest, layer.mixer->step_workspace_size(step, context).value_or(0));
     }
   };
   const auto add_head = [&](int64_t rows) {
@@ -192,22 +261,31 @@ size_t LanguageModel::chunk_workspace_size(int64_t batch, int64_t length,
   for (const int64_t rows : {batch, length, batch * length}) add_head(rows);
   if (batch == 1 && length > 1) {  // which may be packed, up to one sequence for each token
     std::vector<int32_t> ends(static_cast<size_t>(length) + 1);
-    std::iota(ends.begin(), ends.end(), 0);
+    std::iota(ends.begin(), ends.end(), 0);  // looked at on the CPU alone
     add_mixers(TensorView(ends.data(), DType::int32, {length + 1}, device), length);
-    for (int64_t rows = 1; rows < length; ++rows) add_head(rows);
+    for (int64_t rows = 1; rows < std::min(length, kLastPositions); ++rows) add_head(rows);
+    add_head(std::min(length, kLastPositions));
   }
   return scratch.used() + largest;
 }
 
 void LanguageModel::forward(const LanguageModelFwdArgs& args, const Exec& exec) const {
   const Context& context = exec.context;
-  const Checks check("language_model", context.device());
+  const Checks check("language_model", context.device()), check_host("language_model", {});
+  check.require(context.device() == context_->device(), [&] {
+    return "the model is on " + to_string(context_->device()) + ", the context is of " +
+           to_string(context.device());
+  });
+  const auto check_of = [&](const TensorView& tensor) -> const Checks& {
+    return tensor.device == Device{} ? check_host : check;
+  };
   check.rank(args.token_ids, "token_ids", 2, "(batch, seqlen)");
   const Dim batch{"batch", args.token_ids.shape[0]}, seqlen{"seqlen", args.token_ids.shape[1]};
-  check.input(args.token_ids, "token_ids", {batch, seqlen}, {DType::int32, DType::int64});
-  check.token_ids(args.token_ids, config().vocab_size);
+  const Checks& check_ids = check_of(args.token_ids);
+  check_ids.input(args.token_ids, "token_ids", {batch, seqlen}, {DType::int32, DType::int64});
+  check_ids.token_ids(args.token_ids, config().vocab_size);
   const Dim rows{"rows", args.cu_seqlens
-                             ? check.cu_seqlens(args.cu_seqlens, batch.size, seqlen.size)
+                             ? check_host.cu_seqlens(args.cu_seqlens, batch.size, seqlen.size)
                              : batch.size};
   const Dim vocab_size{"vocab_size", config().vocab_size};
   if (args.logits.rank == 3)
@@ -228,10 +306,11 @@ void LanguageModel::forward(const LanguageModelFwdArgs& args, const Exec& exec) 
     return "state has " + std::to_string(slots) + " slots, expected one for each of " +
            std::to_string(rows.size) + " rows, or state_indices";
   });
-  check.state_indices(args.state_indices, rows.size, slots);
+  (args.cu_seqlens ? check_host : check_of(args.state_indices))
+      .state_indices(args.state_indices, rows.size, slots);
   check.workspace(exec, workspace_size(batch.size, seqlen.size, context));
 
-  const int64_t chunk = chunk_length(batch.size, seqlen.size);
+  const int64_t chunk = chunk_length(batch.size, seqlen.size, context);
   int64_t row = 0;  // packed: the first that has not ended
   for (int64_t begin = 0; begin < seqlen.size; begin += chunk) {
     const int64_t length = std::min(chunk, seqlen.size - begin);
@@ -248,13 +327,20 @@ void LanguageModel::forward_chunk(const LanguageModelFwdArgs& args, int64_t begi
   const Activations at(args.token_ids.shape[0], length, config().d_model, dtype_,
                        exec.context.device(), scratch);
   const Exec rest = scratch.rest(exec);
-  forward_layers(args.token_ids.slice(1, begin, length), *args.state, args.state_indices, {}, at,
-                 rest);
+  TensorView slots = args.state_indices;
+  if (slots && slots.device != exec.context.device()) {
+    upload(slots.unsqueeze(0), at.state_indices, rest);
+    slots = at.state_indices;
+  }
+  const TensorView hidden =
+      forward_layers(args.token_ids.slice(1, begin, length), *args.state, slots, {}, at, rest);
   if (args.logits.rank == 3) {
-    all_logits(args.logits.slice(1, begin, length), at, rest);
+    all_logits(args.logits.slice(1, begin, length), hidden, at, rest);
   } else if (args.logits && begin + length == args.token_ids.shape[1]) {
-    const auto last = [&](const TensorView& tensor) { return tensor.select(1, length - 1); };
-    final_norm(last(at.hidden), last(at.residual), last(at.normed), rest);
+    const auto last = [&](const TensorView& tensor) {
+      return tensor ? tensor.select(1, length - 1) : tensor;
+    };
+    final_norm(last(hidden), last(at.residual), last(at.normed), rest);
     linear({last(at.normed), head_, {}, args.logits}, rest);
   }
 }
@@ -264,31 +350,48 @@ int64_t LanguageModel::forward_packed_chunk(const LanguageModelFwdArgs& args, in
   const Device device = exec.context.device();
   Scratch scratch(exec.workspace);
   PackedChunk packed(length, device, scratch);
-  const int64_t next_row = packed.fill(args, row, begin, length);
+  const int64_t next_row = packed.fill(args, row, begin, length, exec);
   const Activations at(1, length, config().d_model, dtype_, device, scratch);
   const Exec rest = scratch.rest(exec);
   const bool is_one = packed.state_indices.shape[0] == 1;  // and so a row like any other
-  forward_layers(args.token_ids.slice(1, begin, length), *args.state, packed.state_indices,
-                 is_one ? TensorView() : packed.cu_seqlens, at, rest);
+  const TensorView hidden =
+      forward_layers(args.token_ids.slice(1, begin, length), *args.state, packed.state_indices,
+                     is_one ? TensorView() : packed.cu_seqlens, at, rest);
   if (args.logits.rank == 3) {
-    all_logits(args.logits.slice(1, begin, length), at, rest);
+    all_logits(args.logits.slice(1, begin, length), hidden, at, rest);
   } else if (const int64_t num_ended = packed.last_positions.shape[0]; args.logits && num_ended) {
-    final_norm(flat(at.hidden), flat(at.residual), flat(at.normed), rest);
+    final_norm(hidden ? flat(hidden) : hidden, flat(at.residual), flat(at.normed), rest);
     const TensorView last = at.hidden.select(0, 0).slice(0, 0, num_ended);  // no longer needed
     embedding({packed.last_positions, at.normed.select(0, 0), last}, rest);
-    linear({last, head_, {}, args.logits.slice(0, row, num_ended)}, rest);
+    for (int64_t i = 0; i < num_ended; i += kLastPositions) {
+      const int64_t count = std::min(kLastPositions, num_ended - i);
+      linear({last.slice(0, i, count), head_, {}, args.logits.slice(0, row + i, count)}, rest);
+    }
   }
   return next_row;
 }
 
-void LanguageModel::forward_layers(const TensorView& token_ids, const ModelState& state,
-                                   const TensorView& state_indices, const TensorView& cu_seqlens,
-                                   const Activations& at, const Exec& exec) const {
+TensorView LanguageModel::forward_layers(const TensorView& given_ids, const ModelState& state,
+                                         const TensorView& state_indices,
+                                         const TensorView& cu_seqlens, const Activations& at,
+                                         const Exec& exec) const {
+  TensorView token_ids = given_ids;
+  if (token_ids.device != exec.context.device()) {
+    token_ids = TensorView(at.token_ids.data, given_ids.dtype,
+                           {given_ids.shape[0], given_ids.shape[1]}, exec.context.device());
+    upload(given_ids, token_ids, exec);
+  }
   if (token_ids.shape[1] == 1)
     embedding({token_ids.select(1, 0), embedding_, flat(at.residual)}, exec);
+  else if (token_ids.is_contiguous())
+    embedding({flat(token_ids.unsqueeze(2)).select(1, 0), embedding_, flat(at.residual)}, exec);
   else
     for (int64_t b = 0; b < token_ids.shape[0]; ++b)
       embedding({token_ids.select(0, b), embedding_, at.residual.select(0, b)}, exec);
+
+  const bool is_step =
+      token_ids.shape[1] == 1 && !cu_seqlens && state_indices && state_indices.is_contiguous();
+  if (is_step && step_layers(state, state_indices, at, exec)) return {};
 
   TensorView hidden;  // of the layer before
   for (size_t i = 0; i < layers_.size(); ++i) {
@@ -299,6 +402,19 @@ void LanguageModel::forward_layers(const TensorView& token_ids, const ModelState
         {at.normed, at.hidden, state.tensors_[i].data(), state_indices, cu_seqlens}, exec);
     hidden = flat(at.hidden);
   }
+  return at.hidden;
+}
+
+bool LanguageModel::step_layers(const ModelState& state, const TensorView& state_indices,
+                                const Activations& at, const Exec& exec) const {
+  const auto args = [&](size_t i) {
+    return LayerStepArgs{flat(at.residual), layers_[i].norm, config().norm_eps,
+                         state.tensors_[i].data(), state_indices};
+  };
+  for (size_t i = 0; i < layers_.size(); ++i)
+    if (!layers_[i].mixer->step_workspace_size(args(i), exec.context)) return false;
+  for (size_t i = 0; i < layers_.size(); ++i) layers_[i].mixer->step(args(i), exec);
+  return true;
 }
 
 void LanguageModel::final_norm(const TensorView& hidden, const TensorView& residual,
@@ -306,9 +422,9 @@ void LanguageModel::final_norm(const TensorView& hidden, const TensorView& resid
   rms_norm_fwd(add_and_norm(hidden, residual, residual, norm_f_, config().norm_eps, normed), exec);
 }
 
-void LanguageModel::all_logits(const TensorView& logits, const Activations& at,
-                               const Exec& exec) const {
-  final_norm(flat(at.hidden), flat(at.residual), flat(at.normed), exec);
+void LanguageModel::all_logits(const TensorView& logits, const TensorView& hidden,
+                               const Activations& at, const Exec& exec) const {
+  final_norm(hidden ? flat(hidden) : hidden, flat(at.residual), flat(at.normed), exec);
   // The activations are contiguous; a chunk of the logits may not be.
   const std::vector<TensorView> out = row_views(logits);
   if (out.size() == 1) return linear({flat(at.normed), head_, {}, out.front()}, exec);

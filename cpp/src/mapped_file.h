@@ -23,6 +23,10 @@ class MappedFile {
   size_t size() const { return size_; }
   std::string_view text() const { return {reinterpret_cast<const char*>(data_), size_}; }
 
+  // Lets go of the memory that reading this part of some mapped file took: it is read again when it
+  // is touched again.
+  static void forget(const void* data, size_t bytes);
+
  private:
   const uint8_t* data_ = nullptr;  // null for an empty file, which cannot be mapped
   size_t size_ = 0;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "ssmcore/context.h"
@@ -34,12 +35,26 @@ struct MixerTrainArgs {
   void* saved = nullptr;  // what the forward pass leaves for the backward pass
 };
 
+// One token of each row through a whole layer: residual += mixer(norm(residual)).
+struct LayerStepArgs {
+  TensorView residual;       // (rows, d_model), float32, contiguous, updated
+  TensorView norm;           // (d_model)
+  float eps;                 // of the norm
+  const TensorView* states;  // as in MixerFwdArgs
+  TensorView state_indices;  // (rows), int32, contiguous
+};
+
 class Mixer {
  public:
   virtual ~Mixer() = default;
   virtual std::vector<StateSpec> state_specs() const = 0;
   virtual size_t workspace_size(const MixerFwdArgs& args, const Context& context) const = 0;
   virtual void forward(const MixerFwdArgs& args, const Exec& exec) const = 0;
+  // Workspace that step() needs; nothing where there is no kernel for it, so that the norm and
+  // forward() are the way.
+  virtual std::optional<size_t> step_workspace_size(const LayerStepArgs& args,
+                                                    const Context& context) const = 0;
+  virtual void step(const LayerStepArgs& args, const Exec& exec) const = 0;
 
   virtual size_t saved_size(const MixerTrainArgs& args, const Context& context) const = 0;
   // Of either pass.

@@ -4,6 +4,7 @@
 
 #include "checks.h"
 #include "json_reader.h"
+#include "memory.h"
 #include "mixer.h"
 #include "scratch.h"
 #include "ssmcore/error.h"
@@ -17,10 +18,6 @@ const Checks kCheck("model_state", {});
 // What a saved state begins with; the number is that of the format.
 constexpr char kMagic[] = "ssmcore state 1\n";
 
-size_t bytes_of(const TensorView& tensor) {
-  return static_cast<size_t>(tensor.numel()) * dtype_size(tensor.dtype);
-}
-
 std::string describe(const TensorView& tensor) {
   return std::string(dtype_name(tensor.dtype)) + " " + tensor.shape_string();
 }
@@ -28,38 +25,50 @@ std::string describe(const TensorView& tensor) {
 }  // namespace
 
 ModelState::ModelState(const std::vector<std::vector<StateSpec>>& layers, int64_t num_slots,
-                       Allocator& allocator, uint64_t model)
-    : num_slots_(num_slots), allocator_(&allocator), model_(model) {
+                       const Context& context, uint64_t model, void* stream)
+    : num_slots_(num_slots), context_(&context), model_(model) {
   kCheck.require(num_slots > 0, [&] {
     return "num_slots is " + std::to_string(num_slots) + ", expected at least 1";
   });
-  // Placed nowhere first, for the size, then in the memory.
+  // One slot is placed nowhere first, for the size, then in the memory.
   const auto place = [&](Scratch scratch) {
     tensors_.clear();
     for (const std::vector<StateSpec>& layer : layers) {
       tensors_.emplace_back();
-      for (const StateSpec& spec : layer)
-        tensors_.back().push_back(scratch.tensor(
-            spec.dtype, {num_slots, spec.shape[0], spec.shape[1]}, allocator.device()));
+      for (const StateSpec& spec : layer) {
+        TensorView tensor =
+            scratch.tensor(spec.dtype, {1, spec.shape[0], spec.shape[1]}, context.device());
+        tensor.shape[0] = num_slots;
+        tensor.strides[0] = static_cast<int64_t>(slot_bytes_ / dtype_size(spec.dtype));
+        tensors_.back().push_back(tensor);
+      }
     }
     return scratch.used();
   };
-  buffer_ = Buffer(allocator, place(Scratch::nowhere()), "the states of a model");
+  slot_bytes_ = place(Scratch::nowhere());
+  buffer_ =
+      Buffer(context.allocator(), Scratch::product(slot_bytes_, static_cast<size_t>(num_slots)),
+             "the states of a model", stream);
   place(Scratch(buffer_.data()));
-  std::memset(buffer_.data(), 0, buffer_.bytes());
+  zero_bytes(context, buffer_.data(), buffer_.bytes(), stream);
+}
+
+char* ModelState::slot_data(int64_t slot) const {
+  return static_cast<char*>(buffer_.data()) + static_cast<size_t>(slot) * slot_bytes_;
 }
 
 size_t ModelState::nbytes() const {
   return buffer_.bytes();
 }
 
-ModelState ModelState::clone() const {
+ModelState ModelState::clone(void* stream) const {
   ModelState copy;
   copy.num_slots_ = num_slots_;
-  copy.allocator_ = allocator_;
+  copy.slot_bytes_ = slot_bytes_;
+  copy.context_ = context_;
   copy.model_ = model_;
-  copy.buffer_ = Buffer(*allocator_, buffer_.bytes(), "the states of a model");
-  std::memcpy(copy.buffer_.data(), buffer_.data(), buffer_.bytes());
+  copy.buffer_ = Buffer(context_->allocator(), buffer_.bytes(), "the states of a model", stream);
+  copy_bytes(*context_, copy.buffer_.data(), buffer_.data(), buffer_.bytes(), stream);
   copy.tensors_ = tensors_;
   for (auto& layer : copy.tensors_)
     for (TensorView& tensor : layer)
@@ -75,36 +84,27 @@ void ModelState::check_slot(const char* name, int64_t slot) const {
   });
 }
 
-bool ModelState::is_at_start(int64_t slot) const {
+bool ModelState::is_at_start(int64_t slot, void* stream) const {
   check_slot("slot", slot);
-  for (const auto& layer : tensors_)
-    for (const TensorView& tensor : layer) {
-      const TensorView row = tensor.select(0, slot);
-      const char* bytes = row.as<const char>();
-      if (std::any_of(bytes, bytes + bytes_of(row), [](char byte) { return byte != 0; }))
-        return false;
-    }
-  return true;
+  const char* bytes = slot_data(slot);
+  std::string on_host;
+  if (context_->device().type == DeviceType::cuda) {
+    on_host.resize(slot_bytes_);
+    copy_bytes(*context_, on_host.data(), bytes, slot_bytes_, stream);
+    bytes = on_host.data();
+  }
+  return std::all_of(bytes, bytes + slot_bytes_, [](char byte) { return byte == 0; });
 }
 
-void ModelState::reset_slot(int64_t slot) {
+void ModelState::reset_slot(int64_t slot, void* stream) {
   check_slot("slot", slot);
-  for (const auto& layer : tensors_)
-    for (const TensorView& tensor : layer) {
-      const TensorView row = tensor.select(0, slot);
-      std::memset(row.data, 0, bytes_of(row));
-    }
+  zero_bytes(*context_, slot_data(slot), slot_bytes_, stream);
 }
 
-void ModelState::copy_slot(int64_t from, int64_t to) {
+void ModelState::copy_slot(int64_t from, int64_t to, void* stream) {
   check_slot("from", from);
   check_slot("to", to);
-  if (from == to) return;
-  for (const auto& layer : tensors_)
-    for (const TensorView& tensor : layer) {
-      const TensorView source = tensor.select(0, from);
-      std::memcpy(tensor.select(0, to).data, source.data, bytes_of(source));
-    }
+  if (from != to) copy_bytes(*context_, slot_data(to), slot_data(from), slot_bytes_, stream);
 }
 
 // A line of text for every tensor, (slots, ...shape), and an empty line.
@@ -116,15 +116,15 @@ std::string ModelState::header() const {
   return header + "\n";
 }
 
-std::string ModelState::save() const {
+std::string ModelState::save(void* stream) const {
   std::string bytes = header();
-  bytes.reserve(bytes.size() + buffer_.bytes());
-  for (const auto& layer : tensors_)
-    for (const TensorView& tensor : layer) bytes.append(tensor.as<const char>(), bytes_of(tensor));
+  const size_t begin = bytes.size();
+  bytes.resize(begin + buffer_.bytes());
+  copy_bytes(*context_, bytes.data() + begin, buffer_.data(), buffer_.bytes(), stream);
   return bytes;
 }
 
-void ModelState::load(const std::string& bytes) {
+void ModelState::load(const std::string& bytes, void* stream) {
   const std::string expected = header();
   kCheck.require(bytes.compare(0, std::strlen(kMagic), kMagic) == 0, [] {
     return std::string("expected a saved state, which begins with \"ssmcore state 1\"");
@@ -140,19 +140,12 @@ void ModelState::load(const std::string& bytes) {
     kCheck.fail("the saved state is of another model or number of slots: it has " + line(bytes) +
                 ", expected " + line(expected));
   }
-  size_t size = expected.size();
-  for (const auto& layer : tensors_)
-    for (const TensorView& tensor : layer) size += bytes_of(tensor);
+  const size_t size = expected.size() + buffer_.bytes();
   kCheck.require(bytes.size() == size, [&] {
     return "the saved state has " + std::to_string(bytes.size()) + " bytes, expected " +
            std::to_string(size);
   });
-  const char* from = bytes.data() + expected.size();
-  for (const auto& layer : tensors_)
-    for (const TensorView& tensor : layer) {
-      std::memcpy(tensor.data, from, bytes_of(tensor));
-      from += bytes_of(tensor);
-    }
+  copy_bytes(*context_, buffer_.data(), bytes.data() + expected.size(), buffer_.bytes(), stream);
 }
 
 }  // namespace ssmcore

@@ -24,6 +24,10 @@ int device_count() {
   return 0;
 }
 
+void device_memory(DeviceState&, size_t*, size_t*) {
+  fail();
+}
+
 Allocator& default_allocator(int) {
   fail();
 }
@@ -47,6 +51,34 @@ void wait_for(DeviceState&, void*, void*) {
 }
 
 void copy_bytes(DeviceState&, void*, const void*, size_t, void*) {
+  fail();
+}
+
+void zero_bytes(DeviceState&, void*, size_t, void*) {
+  fail();
+}
+
+std::shared_ptr<void> make_host_memory(DeviceState&, size_t) {
+  fail();
+}
+
+std::shared_ptr<void> make_event(DeviceState&) {
+  fail();
+}
+
+void record_event(DeviceState&, void*, void*) {
+  fail();
+}
+
+void wait_for_event(DeviceState&, void*) {
+  fail();
+}
+
+std::shared_ptr<void> capture(DeviceState&, const char*, const std::function<void(void*)>&) {
+  fail();
+}
+
+void launch_graph(DeviceState&, void*, void*) {
   fail();
 }
 

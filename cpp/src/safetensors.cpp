@@ -298,7 +298,7 @@ std::map<std::string, TensorView> parse_safetensors(const uint8_t* data, size_t 
 
 TensorMap open_safetensors(const std::string& path) {
   const auto file = std::make_shared<const MappedFile>(path, "open_safetensors");
-  return {parse_safetensors(file->data(), file->size(), "open_safetensors: " + path), file};
+  return {parse_safetensors(file->data(), file->size(), "open_safetensors: " + path), file, true};
 }
 
 }  // namespace ssmcore

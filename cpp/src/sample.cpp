@@ -10,11 +10,10 @@
 namespace ssmcore {
 namespace {
 
-// On the CPU the settings can be looked at before the draw.
 template <typename T, typename Valid>
 void check_setting(const Checks& check, const TensorView& setting, const char* name,
                    const char* expected, const Valid& valid) {
-  if (!setting || setting.device.type != DeviceType::cpu) return;
+  if (!setting || setting.device.type != DeviceType::cpu) return;  // else the kernel does
   for (int64_t b = 0; b < setting.shape[0]; ++b) {
     const T value = setting.as<const T>()[b * setting.strides[0]];
     check.require(valid(value), [&] {
@@ -99,6 +98,18 @@ SampleParams lower(const SampleArgs& args, const Context& context) {
 // Only when it runs: those who ask for a size need not have filled their tensors.
 void check_values(const SampleArgs& args, const Context& context) {
   const Checks check("sample", context.device());
+  check_sample_settings(args);
+  for (const auto& [input, name] : {std::pair{&args.logits, "logits"}, {&args.history, "history"}})
+    check.disjoint(args.out, "out", *input, name);
+  if (context.device().type != DeviceType::cpu) return;
+  if (args.history) check_history(check, args.history, args.logits.shape[1]);
+  check_logits(check, args.logits);
+}
+
+}  // namespace
+
+void check_sample_settings(const SampleArgs& args) {
+  const Checks check("sample", {});
   check_setting<float>(check, args.repetition_penalty, "repetition_penalty", "a positive number",
                        [](float v) { return v > 0 && std::isfinite(v); });
   check_setting<float>(check, args.temperature, "temperature", "a finite number of at least 0",
@@ -109,14 +120,7 @@ void check_values(const SampleArgs& args, const Context& context) {
                        [](float v) { return v > 0 && v <= 1; });
   check_setting<float>(check, args.min_p, "min_p", "0 to 1",
                        [](float v) { return v >= 0 && v <= 1; });
-  for (const auto& [input, name] : {std::pair{&args.logits, "logits"}, {&args.history, "history"}})
-    check.disjoint(args.out, "out", *input, name);
-  if (context.device().type != DeviceType::cpu) return;
-  if (args.history) check_history(check, args.history, args.logits.shape[1]);
-  check_logits(check, args.logits);
 }
-
-}  // namespace
 
 size_t sample_workspace_size(const SampleArgs& args, const Context& context) {
   return kernel_table(context).sample.workspace_size(lower(args, context), context);

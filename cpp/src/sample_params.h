@@ -15,4 +15,9 @@ struct SampleParams {
   Strided<1> out;                                                                   // (batch)
 };
 
+struct SampleArgs;
+
+// Throws Error(invalid_argument) for a setting out of its range, of those in memory of the host.
+void check_sample_settings(const SampleArgs& args);
+
 }  // namespace ssmcore

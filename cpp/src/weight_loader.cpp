@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "mapped_file.h"
+#include "memory.h"
 #include "ssmcore/error.h"
 
 namespace ssmcore {
@@ -66,6 +68,10 @@ float half_to_float(uint16_t half) {
   return value;
 }
 
+size_t bytes_of(const TensorView& tensor) {
+  return static_cast<size_t>(tensor.numel()) * dtype_size(tensor.dtype);
+}
+
 }  // namespace
 
 void to_float32(const char* from, DType dtype, int64_t count, float* to) {
@@ -97,6 +103,12 @@ Gradient gradient_of(const NamedGradients& gradients, const std::string& field, 
   return {};
 }
 
+WeightLoader::WeightLoader(const TensorMap& stored, const Context& context,
+                           std::vector<Buffer>& buffers, const LoadProgress& progress)
+    : stored_(stored), context_(context), buffers_(buffers), progress_(progress) {
+  for (const auto& [name, tensor] : stored.tensors) total_bytes_ += bytes_of(tensor);
+}
+
 TensorView WeightLoader::take(const std::string& field, int64_t layer,
                               std::initializer_list<int64_t> shape) {
   const std::vector<std::string> names = stored_names(field, layer);
@@ -122,40 +134,67 @@ TensorView WeightLoader::take(const std::string& field, int64_t layer,
 }
 
 TensorView WeightLoader::allocate(DType dtype, std::initializer_list<int64_t> shape) {
-  const TensorView view(nullptr, dtype, shape);
-  buffers_.emplace_back(allocator_, static_cast<size_t>(view.numel()) * dtype_size(dtype),
+  buffers_.emplace_back(context_.allocator(), bytes_of(TensorView(nullptr, dtype, shape)),
                         "a model's weights");
   return buffers_.back().view(dtype, shape);
+}
+
+template <typename Fill>
+TensorView WeightLoader::make(std::initializer_list<int64_t> shape, const Fill& fill) {
+  const TensorView made = allocate(DType::float32, shape);
+  if (!is_on_gpu()) {
+    fill(made.as<float>());
+    return made;
+  }
+  std::vector<float> host(static_cast<size_t>(made.numel()));
+  fill(host.data());
+  copy_bytes(context_, made.data, host.data(), bytes_of(made), nullptr);
+  return made;
+}
+
+void WeightLoader::count(const TensorView& stored) {
+  // A checkpoint may be larger than the host's memory.
+  if (stored_.is_mapped && is_on_gpu()) MappedFile::forget(stored.data, bytes_of(stored));
+  done_bytes_ += bytes_of(stored);
+  if (progress_) progress_(done_bytes_, total_bytes_);
 }
 
 TensorView WeightLoader::matrix(const std::string& field, int64_t layer, int64_t rows,
                                 int64_t cols) {
   const TensorView stored = take(field, layer, {rows, cols});
-  if (reinterpret_cast<uintptr_t>(stored.data) % dtype_size(stored.dtype) == 0) return stored;
-  const TensorView aligned = allocate(stored.dtype, {rows, cols});
-  std::memcpy(aligned.data, stored.data,
-              static_cast<size_t>(stored.numel()) * dtype_size(stored.dtype));
-  return aligned;
+  TensorView matrix = stored;
+  if (is_on_gpu() || reinterpret_cast<uintptr_t>(stored.data) % dtype_size(stored.dtype) != 0) {
+    matrix = allocate(stored.dtype, {rows, cols});
+    copy_bytes(context_, matrix.data, stored.data, bytes_of(stored), nullptr);
+  }
+  count(stored);
+  return matrix;
 }
 
 TensorView WeightLoader::parameter(const std::string& field, int64_t layer,
                                    std::initializer_list<int64_t> shape) {
   const TensorView stored = take(field, layer, shape);
-  const TensorView converted = allocate(DType::float32, shape);
-  to_float32(stored.as<const char>(), stored.dtype, stored.numel(), converted.as<float>());
+  const TensorView converted = make(shape, [&](float* to) {
+    to_float32(stored.as<const char>(), stored.dtype, stored.numel(), to);
+  });
+  count(stored);
   return converted;
 }
 
 TensorView WeightLoader::channels_last(const std::string& field, int64_t layer,
-                                       std::initializer_list<int64_t> shape) {
+                                       std::initializer_list<int64_t> shape,
+                                       float (*function)(float)) {
   const TensorView stored = take(field, layer, shape);
   const int64_t dim = stored.shape[0], n = stored.numel() / dim;
   std::vector<float> rows(static_cast<size_t>(stored.numel()));
   to_float32(stored.as<const char>(), stored.dtype, stored.numel(), rows.data());
-  const TensorView columns = allocate(DType::float32, {n, dim});
-  for (int64_t d = 0; d < dim; ++d)
-    for (int64_t i = 0; i < n; ++i)
-      columns.as<float>()[i * dim + d] = rows[static_cast<size_t>(d * n + i)];
+  if (function)
+    for (float& value : rows) value = function(value);
+  const TensorView columns = make({n, dim}, [&](float* to) {
+    for (int64_t d = 0; d < dim; ++d)
+      for (int64_t i = 0; i < n; ++i) to[i * dim + d] = rows[static_cast<size_t>(d * n + i)];
+  });
+  count(stored);
   return columns.transpose(0, 1);
 }
 
@@ -167,6 +206,7 @@ void WeightLoader::finish() const {
   for (const auto& [name, tensor] : stored_.tensors)
     if (!taken_.count(name) && !ignored_.count(name))
       fail("unexpected tensor " + name + " of shape " + tensor.shape_string());
+  context_.synchronize();
 }
 
 }  // namespace ssmcore

@@ -9,6 +9,7 @@
 
 #include "ssmcore/buffer.h"
 #include "ssmcore/checkpoint.h"
+#include "ssmcore/context.h"
 #include "ssmcore/language_model.h"
 #include "ssmcore/weight.h"
 
@@ -26,42 +27,54 @@ std::string transformers_name(const std::string& name);
 // The gradient of a field, as WeightLoader knows it; empty where it is not wanted.
 Gradient gradient_of(const NamedGradients& gradients, const std::string& field, int64_t layer);
 
-// Takes tensors out of a checkpoint by the names of the model's fields, checks them, and converts
-// those that are not used as stored. Fields of a layer are named within it ("mixer.D").
+// Takes tensors out of a checkpoint by the names of the model's fields, checks them, brings them to
+// the context's device, one at a time, and converts those that are not used as stored. Fields of a
+// layer are named within it ("mixer.D").
 class WeightLoader {
  public:
   static constexpr int64_t kNoLayer = -1;
 
-  WeightLoader(const TensorMap& stored, Allocator& allocator, std::vector<Buffer>& buffers)
-      : stored_(stored), allocator_(allocator), buffers_(buffers) {}
+  // `progress(done, total)`, if there is one, is called with bytes of the checkpoint.
+  WeightLoader(const TensorMap& stored, const Context& context, std::vector<Buffer>& buffers,
+               const LoadProgress& progress);
 
-  // A matrix, as stored where that is aligned.
+  // A matrix as stored; in the checkpoint's own memory where the device has it, aligned.
   TensorView matrix(const std::string& field, int64_t layer, int64_t rows, int64_t cols);
   // A small tensor, as contiguous float32.
   TensorView parameter(const std::string& field, int64_t layer,
                        std::initializer_list<int64_t> shape);
   // A small tensor of one row a channel, as a float32 (dim, n) whose channels lie side by side in
-  // memory, as the kernels read them; `shape` holds dim · n elements, dim first.
+  // memory, as the kernels read them; `shape` holds dim · n elements, dim first. `function`, if
+  // there is one, is applied to each.
   TensorView channels_last(const std::string& field, int64_t layer,
-                           std::initializer_list<int64_t> shape);
+                           std::initializer_list<int64_t> shape,
+                           float (*function)(float) = nullptr);
 
   // A field that the model does not use even if it is stored.
   void ignore(const std::string& field);
-  // Throws for a stored tensor that nothing has taken.
+  // Throws for a stored tensor that nothing has taken. Waits until all are where they belong.
   void finish() const;
 
   // What has been taken, by its stored name.
   const std::map<std::string, TensorView>& taken() const { return taken_; }
 
  private:
-  // Memory for a tensor that is not used as stored.
+  bool is_on_gpu() const { return context_.device().type == DeviceType::cuda; }
+  // Memory of the device.
   TensorView allocate(DType dtype, std::initializer_list<int64_t> shape);
+  // A float32 tensor of the device, written by fill(memory of the host).
+  template <typename Fill>
+  TensorView make(std::initializer_list<int64_t> shape, const Fill& fill);
+  // A stored tensor has been brought over.
+  void count(const TensorView& stored);
   // The stored tensor of a field, of this shape and a floating-point dtype.
   TensorView take(const std::string& field, int64_t layer, std::initializer_list<int64_t> shape);
 
   const TensorMap& stored_;
-  Allocator& allocator_;
+  const Context& context_;
   std::vector<Buffer>& buffers_;
+  const LoadProgress& progress_;
+  size_t done_bytes_ = 0, total_bytes_ = 0;
   std::map<std::string, TensorView> taken_;
   std::set<std::string> ignored_;
 };

@@ -261,6 +261,13 @@ void bind_arrays(py::module_& module) {
       });
   module.def("empty", &empty, py::arg("shape"), py::arg("dtype"), py::arg("device"));
   module.def("cuda_device_count", &cuda_device_count);
+  module.def(
+      "device_memory",
+      [](const std::string& device) {
+        const DeviceMemory memory = device_memory(context_of(parse_device(device)));
+        return py::make_tuple(memory.free, memory.total);
+      },
+      py::arg("device"));
   module.def("set_cublaslt_path", &set_cublaslt_path, py::arg("path"));
   module.def(
       "own_stream",

@@ -3,10 +3,13 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <optional>
 
 #include "call.h"
 #include "ssmcore/checkpoint.h"
+#include "ssmcore/decoder.h"
 #include "ssmcore/language_model.h"
+#include "ssmcore/stream.h"
 
 namespace py = pybind11;
 
@@ -51,17 +54,37 @@ DType parse_dtype(const std::string& name) {
               "language_model: dtype is '" + name + "', expected float32, bfloat16 or float16");
 }
 
-std::unique_ptr<LanguageModel> make_model(const Checkpoint& checkpoint, const std::string& dtype,
-                                          bool trainable) {
-  const LoadOptions options{parse_dtype(dtype), trainable};
+// `progress(done, total)` may be None; what it raises ends the loading.
+std::unique_ptr<LanguageModel> make_model(const Checkpoint& checkpoint,
+                                          const std::optional<std::string>& dtype, bool trainable,
+                                          const std::string& device, bool batch_invariant,
+                                          const py::object& progress) {
+  LoadOptions options;
+  if (dtype) options.dtype = parse_dtype(*dtype);
+  options.trainable = trainable;
+  if (!progress.is_none())
+    options.progress = [&progress](size_t done, size_t total) {
+      const py::gil_scoped_acquire acquire;
+      progress(done, total);
+    };
+  const Device where = parse_device(device);
   const py::gil_scoped_release release;
-  return std::make_unique<LanguageModel>(checkpoint, cpu_context(), options);
+  return std::make_unique<LanguageModel>(checkpoint, context_of(where, batch_invariant), options);
 }
 
+// All calls on a model of a GPU are in the order of one stream, that of arrays of no library.
+void* stream_of(const Context& context) {
+  return own_stream(context.device());
+}
+
+// `stream` is that of arrays in memory of the GPU, None where there are none.
 void forward(const LanguageModel& model, py::handle token_ids, py::handle logits, ModelState& state,
-             py::handle state_indices, py::handle cu_seqlens) {
-  const auto array = [](py::handle object, const char* name) {
-    return object.is_none() ? Borrowed() : borrow(object, std::string("language_model: ") + name);
+             py::handle state_indices, py::handle cu_seqlens, py::handle stream) {
+  const Context& context = model.context();
+  void* const own = stream_of(context);
+  const auto array = [&](py::handle object, const char* name) {
+    return object.is_none() ? Borrowed()
+                            : borrow(object, std::string("language_model: ") + name, own);
   };
   const Borrowed ids = array(token_ids, "token_ids"), out = array(logits, "logits"),
                  indices = array(state_indices, "state_indices"),
@@ -73,17 +96,60 @@ void forward(const LanguageModel& model, py::handle token_ids, py::handle logits
     throw Error(ErrorCode::invalid_argument, "language_model: token_ids has shape " +
                                                  ids.view.shape_string() +
                                                  ", expected (batch, seqlen)");
-  const LanguageModelFwdArgs args{ids.view, packed.view, &state, indices.view, out.view};
-  const Context& context = cpu_context();
+  LanguageModelFwdArgs args{ids.view, packed.view, &state, indices.view, out.view};
+  void* const theirs = stream.is_none() ? own : reinterpret_cast<void*>(stream.cast<uintptr_t>());
   const py::gil_scoped_release release;
   const std::shared_lock<std::shared_mutex> lock(calls());
+  wait_for(context, own, theirs);
+  // Logits that the host wants come from the GPU as a whole.
+  const bool via_device = out.view && out.view.device != context.device();
+  const size_t logits_bytes = static_cast<size_t>(out.view.numel()) * sizeof(float);
+  const Buffer device_logits(context.allocator(), via_device ? logits_bytes : 0, "logits", own);
+  if (via_device) {
+    args.logits.data = device_logits.data();
+    args.logits.device = context.device();
+  }
   // Sizes of 0 are left to forward() to refuse.
   const bool empty = ids.view.numel() == 0;
   const Buffer workspace(
       context.allocator(),
       empty ? 0 : model.workspace_size(ids.view.shape[0], ids.view.shape[1], context),
-      "a model's activations");
-  model.forward(args, Exec{context, nullptr, workspace.data(), workspace.bytes()});
+      "a model's activations", own);
+  const Exec exec{context, own, workspace.data(), workspace.bytes()};
+  model.forward(args, exec);
+  if (via_device) copy(args.logits, out.view, exec);
+  wait_for(context, theirs, own);
+}
+
+using Ints = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
+using Floats = py::array_t<float, py::array::c_style | py::array::forcecast>;
+
+// Prompts one after another, with what is one number for each of them.
+void admit(Decoder& decoder, const std::vector<int32_t>& slots, const Ints& token_ids,
+           const Ints& lengths, const Floats& temperature, const Ints& top_k, const Floats& top_p,
+           const Floats& min_p, const Floats& repetition_penalty, const Ints& seed) {
+  std::vector<DecoderPrompt> prompts;
+  const int64_t* ids = token_ids.data();
+  for (py::ssize_t i = 0; i < static_cast<py::ssize_t>(slots.size()); ++i) {
+    DecoderPrompt prompt;
+    prompt.slot = slots[static_cast<size_t>(i)];
+    prompt.token_ids = ids;
+    prompt.length = lengths.at(i);
+    ids += prompt.length;
+    prompt.settings = {temperature.at(i), static_cast<int32_t>(top_k.at(i)), top_p.at(i),
+                       min_p.at(i),       repetition_penalty.at(i),          seed.at(i)};
+    prompts.push_back(prompt);
+  }
+  const py::gil_scoped_release release;
+  const std::shared_lock<std::shared_mutex> lock(calls());
+  decoder.admit(prompts);
+}
+
+template <void (Decoder::*kCall)(const std::vector<int32_t>&)>
+void call_with_slots(Decoder& decoder, const std::vector<int32_t>& slots) {
+  const py::gil_scoped_release release;
+  const std::shared_lock<std::shared_mutex> lock(calls());
+  (decoder.*kCall)(slots);
 }
 
 // The parameters of a trainable model, as arrays that keep it alive.
@@ -191,18 +257,45 @@ void bind_model(py::module_& module) {
   py::class_<ModelState>(module, "ModelState")
       .def_property_readonly("num_slots", &ModelState::num_slots)
       .def_property_readonly("nbytes", &ModelState::nbytes)
-      .def("clone", &ModelState::clone)
-      .def("is_at_start", &ModelState::is_at_start, py::arg("slot"))
-      .def("reset_slot", &ModelState::reset_slot, py::arg("slot"))
-      .def("copy_slot", &ModelState::copy_slot, py::arg("src"), py::arg("dst"))
-      .def("save", [](const ModelState& state) { return py::bytes(state.save()); })
-      .def("load", &ModelState::load, py::arg("bytes"));
+      .def_property_readonly(
+          "device", [](const ModelState& state) { return to_string(state.context().device()); })
+      .def("clone", [](const ModelState& state) { return state.clone(stream_of(state.context())); })
+      .def(
+          "is_at_start",
+          [](const ModelState& state, int64_t slot) {
+            return state.is_at_start(slot, stream_of(state.context()));
+          },
+          py::arg("slot"))
+      .def(
+          "reset_slot",
+          [](ModelState& state, int64_t slot) {
+            state.reset_slot(slot, stream_of(state.context()));
+          },
+          py::arg("slot"))
+      .def(
+          "copy_slot",
+          [](ModelState& state, int64_t src, int64_t dst) {
+            state.copy_slot(src, dst, stream_of(state.context()));
+          },
+          py::arg("src"), py::arg("dst"))
+      .def(
+          "save",
+          [](const ModelState& state) { return py::bytes(state.save(stream_of(state.context()))); })
+      .def(
+          "load",
+          [](ModelState& state, const std::string& bytes) {
+            state.load(bytes, stream_of(state.context()));
+          },
+          py::arg("bytes"));
 
   py::class_<LanguageModel>(module, "LanguageModel")
-      .def(py::init(&make_model), py::arg("checkpoint"), py::arg("dtype") = "float32",
-           py::arg("trainable") = false)
+      .def(py::init(&make_model), py::arg("checkpoint"), py::arg("dtype") = py::none(),
+           py::arg("trainable") = false, py::arg("device") = "cpu",
+           py::arg("batch_invariant") = false, py::arg("progress") = py::none())
       .def_property_readonly("config", &LanguageModel::config)
       .def_property_readonly("dtype", [](const LanguageModel& m) { return dtype_name(m.dtype()); })
+      .def_property_readonly("device",
+                             [](const LanguageModel& m) { return to_string(m.context().device()); })
       .def_property_readonly("num_parameters", &LanguageModel::num_parameters)
       .def_property_readonly("trainable", &LanguageModel::trainable)
       .def("parameters", &parameters)
@@ -211,10 +304,34 @@ void bind_model(py::module_& module) {
       .def("loss_and_gradients", &loss_and_gradients, py::arg("token_ids"), py::arg("targets"),
            py::arg("cu_seqlens"), py::arg("gradients"), py::arg("accumulate"),
            py::arg("num_targets"), py::arg("recompute_layers"))
-      .def("new_state", &LanguageModel::new_state, py::arg("num_slots") = 1)
+      .def(
+          "new_state",
+          [](const LanguageModel& model, int64_t num_slots) {
+            return model.new_state(num_slots, stream_of(model.context()));
+          },
+          py::arg("num_slots") = 1)
       .def("forward", &forward, py::arg("token_ids"), py::arg("logits"), py::arg("state"),
-           py::arg("state_indices") = py::none(), py::arg("cu_seqlens") = py::none())
+           py::arg("state_indices") = py::none(), py::arg("cu_seqlens") = py::none(),
+           py::arg("stream") = py::none())
+      .def(
+          "new_decoder",
+          [](const LanguageModel& model, ModelState& state, bool use_graphs) {
+            DecoderOptions options;
+            options.without_graphs = !use_graphs;
+            return std::make_unique<Decoder>(model, state, stream_of(model.context()), options);
+          },
+          py::arg("state"), py::arg("use_graphs") = true, py::keep_alive<0, 1>(),
+          py::keep_alive<0, 2>())
       .def("save", &save_model, py::arg("folder"), py::call_guard<py::gil_scoped_release>());
+
+  py::class_<Decoder>(module, "Decoder")
+      .def_property_readonly("runs_ahead", &Decoder::runs_ahead)
+      .def("admit", &admit, py::arg("slots"), py::arg("token_ids"), py::arg("lengths"),
+           py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"),
+           py::arg("repetition_penalty"), py::arg("seed"))
+      .def("step", &call_with_slots<&Decoder::step>, py::arg("slots"))
+      .def("read", &call_with_slots<&Decoder::read>, py::arg("slots"))
+      .def("take", &Decoder::take, py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace ssmcore

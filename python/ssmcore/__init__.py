@@ -11,6 +11,7 @@ the operators, and an `Array` is memory on any device. Every failure is an `Erro
 from ssmcore import ops
 from ssmcore._core import __version__, num_threads, set_num_threads
 from ssmcore.arrays import Array, array, cuda_device_count, empty, synchronize
+from ssmcore.decoder import Decoder
 from ssmcore.errors import BackendError, Error, InvalidArgumentError
 from ssmcore.library import get_library
 from ssmcore.loading import load, save
@@ -21,6 +22,7 @@ from ssmcore.state import State
 __all__ = [
     "Array",
     "BackendError",
+    "Decoder",
     "Error",
     "InvalidArgumentError",
     "Model",

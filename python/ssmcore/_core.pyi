@@ -4,7 +4,7 @@ An AnyArray is a NumPy array or anything with DLPack. Arrays are never copied; t
 written are changed in place. Failures are the exceptions of `ssmcore.errors`.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -69,6 +69,9 @@ class Array:
 def empty(shape: Sequence[int], dtype: str, device: str) -> Array: ...
 def cuda_device_count() -> int:
     """The GPUs that this build and machine can use."""
+
+def device_memory(device: str) -> tuple[int, int]:
+    """Bytes of a GPU's memory that nobody uses, and all there are. BackendError for the CPU."""
 
 def set_cublaslt_path(path: str) -> None:
     """Where to load cuBLASLt from, unless a copy of it is loaded already."""
@@ -449,6 +452,8 @@ class ModelState:
     def num_slots(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def device(self) -> str: ...
     def is_at_start(self, slot: int) -> bool:
         """Whether the slot has read nothing yet."""
     def reset_slot(self, slot: int) -> None:
@@ -465,13 +470,23 @@ class LanguageModel:
     """A model ready to run, never changed by it: threads may share it."""
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: str = "float32", trainable: bool = False
+        self,
+        checkpoint: Checkpoint,
+        dtype: str | None = None,
+        trainable: bool = False,
+        device: str = "cpu",
+        batch_invariant: bool = False,
+        progress: Callable[[int, int], object] | None = None,
     ) -> None:
-        """Trainable: with weights copied as float32, which may be written."""
+        """`dtype` None: float32 on the CPU, the stored type on a GPU. Trainable: with weights
+        copied as float32, which may be written."""
     @property
     def config(self) -> ModelConfig: ...
     @property
     def dtype(self) -> str: ...
+    @property
+    def device(self) -> str:
+        """ "cpu", or "cuda:0" and so on."""
     @property
     def num_parameters(self) -> int: ...
     @property
@@ -496,6 +511,7 @@ class LanguageModel:
         `num_targets`: what the sum of losses is divided by; 0: by those not ignored (-100).
         """
     def new_state(self, num_slots: int = 1) -> ModelState: ...
+    def new_decoder(self, state: ModelState, use_graphs: bool = True) -> Decoder: ...
     def forward(
         self,
         token_ids: AnyArray,
@@ -503,12 +519,36 @@ class LanguageModel:
         state: ModelState,
         state_indices: AnyArray | None = None,
         cu_seqlens: AnyArray | None = None,
+        stream: int | None = None,
     ) -> None:
         """Runs (batch, seqlen) ids, from `state` on, which is updated.
 
         `logits`, written, is float32: (batch, seqlen, vocab_size), or (rows, vocab_size) for the
         last position of each row alone. With `cu_seqlens`, int32, batch is 1 and each sequence
-        packed in it is a row.
+        packed in it is a row. Ids and logits may be in memory of the host or of the model's GPU,
+        where `stream` is that of their library.
         """
     def save(self, folder: str) -> None:
         """Writes the checkpoint it was made from as transformers reads it."""
+
+class Decoder:
+    """Sequences that go on together; see ssmcore.Decoder."""
+
+    @property
+    def runs_ahead(self) -> bool: ...
+    def admit(
+        self,
+        slots: AnyArray,
+        token_ids: AnyArray,
+        lengths: AnyArray,
+        temperature: AnyArray,
+        top_k: AnyArray,
+        top_p: AnyArray,
+        min_p: AnyArray,
+        repetition_penalty: AnyArray,
+        seed: AnyArray,
+    ) -> None:
+        """The prompts lie one after another in `token_ids`; the rest is one number for each."""
+    def step(self, slots: AnyArray) -> None: ...
+    def read(self, slots: AnyArray) -> None: ...
+    def take(self) -> list[int]: ...

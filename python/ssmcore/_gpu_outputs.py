@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -12,20 +10,11 @@ import numpy as np
 
 from . import _core
 from ._arrays import is_jax, module_of, numpy_dtype
+from ._cublaslt import find_cublaslt
 from ._outputs import Library
 
 # DLPack's number, and CUDA's handle, for the default stream.
 _DEFAULT_STREAM = 1
-
-
-@functools.cache
-def _find_cublaslt() -> None:
-    """Tells `_core` where NVIDIA's Python package has cuBLASLt, if it is installed."""
-    try:
-        pathfinder = importlib.import_module("cuda.pathfinder")
-        _core.set_cublaslt_path(pathfinder.load_nvidia_dynamic_lib("cublasLt").abs_path)
-    except (ImportError, RuntimeError):
-        pass  # a copy that is loaded already, or that the system has, will do
 
 
 class GpuLibrary(Library, Protocol):
@@ -54,7 +43,7 @@ class _OnGpu:
         return (self.index, self.stream(), self.array_type, check, batch_invariant)
 
     def prepare_products(self) -> None:
-        _find_cublaslt()
+        find_cublaslt()
 
 
 class _Torch(_OnGpu):

@@ -1,4 +1,4 @@
-"""The command line: `ssmcore generate`, `ssmcore eval` and `ssmcore info`."""
+"""The command line: `ssmcore generate`, `eval`, `info` and `bench`."""
 
 from __future__ import annotations
 
@@ -61,7 +61,11 @@ def _make_parser() -> argparse.ArgumentParser:
     common.add_argument(
         "-m", "--model", help="model folder or Hugging Face hub id (default: the bundled model)"
     )
-    common.add_argument("--device", default="auto", help="auto or cpu (default: auto)")
+    common.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:N or auto, the first GPU if there is one (default: auto)",
+    )
     common.add_argument(
         "--dtype", default="auto", help="of activations: auto, fp32, bf16 or fp16 (default: auto)"
     )
@@ -96,6 +100,25 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--quiet", action="store_true", help="no progress bar")
 
+    bench = commands.add_parser(
+        "bench", parents=[common], help="measure reading and generating by batch size"
+    )
+    bench.set_defaults(run=_bench)
+    bench.add_argument(
+        "--shape", metavar="S", help="random weights of 130m, 370m, 790m, 1.4b or 2.8b instead"
+    )
+    bench.add_argument(
+        "--batch", type=int, nargs="+", default=[1], metavar="B", help="sizes (default: 1)"
+    )
+    bench.add_argument(
+        "--prompt", type=int, default=2048, metavar="N", help="tokens of each (default: 2048)"
+    )
+    bench.add_argument(
+        "--new", type=int, default=128, metavar="N", help="more for each (default: 128)"
+    )
+    bench.add_argument("--json", metavar="FILE", help="write the measurements")
+    bench.add_argument("--plot", metavar="FILE", help="draw throughput against batch size")
+
     info = commands.add_parser("info", parents=[common], help="describe a model and this build")
     info.set_defaults(run=_info)
     return parser
@@ -126,9 +149,21 @@ def _add_settings(generate: argparse.ArgumentParser) -> None:
 
 
 def _load(args: argparse.Namespace) -> Model:
+    """The model, loaded behind a progress bar where it takes long and somebody looks on."""
     if args.threads is not None:
         ssmcore.set_num_threads(args.threads)
-    return ssmcore.load(args.model, device=args.device, dtype=args.dtype)
+    from tqdm import tqdm
+
+    quiet = getattr(args, "quiet", False) or not sys.stderr.isatty()
+    with tqdm(
+        desc="loading", unit="B", unit_scale=True, disable=quiet, leave=False, delay=0.5
+    ) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return ssmcore.load(args.model, device=args.device, dtype=args.dtype, progress=show)
 
 
 @dataclass(frozen=True)
@@ -240,6 +275,32 @@ def _eval(args: argparse.Namespace) -> None:
         )
 
 
+def _bench(args: argparse.Namespace) -> None:
+    from ssmcore import benchmark
+    from ssmcore.loading import dtype_of, resolved_device
+
+    if min(*args.batch, args.prompt, args.new) < 1:
+        raise ssmcore.InvalidArgumentError("bench: expected sizes of at least 1")
+    if args.shape is not None and args.model is not None:
+        raise ssmcore.InvalidArgumentError("bench: expected a model or a shape, got both")
+    device = resolved_device(args.device)
+    memory_before = benchmark.memory_in_use(device)
+    if args.shape is None:
+        model, name = _load(args), args.model or "bundled (mamba1-prose)"
+    else:
+        model, name = benchmark.random_model(args.shape, device, dtype_of(args.dtype)), args.shape
+    rows = [
+        benchmark.measure(model, batch, args.prompt, args.new, memory_before)
+        for batch in args.batch
+    ]
+    print(f"{name}, {model.num_parameters:,} parameters, {model.dtype}, on {model.device}\n")
+    print(benchmark.table(rows))
+    if args.json is not None:
+        Path(args.json).write_text(json.dumps(benchmark.as_json(model, name, rows), indent=1))
+    if args.plot is not None:
+        benchmark.plot(Path(args.plot), name, rows)
+
+
 def _info(args: argparse.Namespace) -> None:
     from ssmcore import _core
 
@@ -262,6 +323,7 @@ def _info(args: argparse.Namespace) -> None:
         "state": f"{model.new_state(1).nbytes:,} bytes a sequence",
         "activations": model.dtype,
         "ssmcore": ssmcore.__version__,
+        "device": model.device,
         "cpu": f"{_core.isa()}, {ssmcore.num_threads()} threads",
     }
     for name, value in rows.items():

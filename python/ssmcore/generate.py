@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ssmcore import ops
 from ssmcore.continuation import Continuation, IdContinuation, TextContinuation
+from ssmcore.decoder import Decoder
 from ssmcore.errors import InvalidArgumentError
 from ssmcore.tokenizer import Tokenizer, as_token_ids
 
@@ -100,60 +100,59 @@ class Generation:
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         model, settings = self._language_model, self._settings
         state = self._state or model.new_state(len(self.prompts))
-        logits = self._read_prompts(state)
-        if logits is None:
+        if settings.max_new_tokens == 0:
+            self._read_prompts(state)
             return
         eos_token_ids = set() if settings.ignore_eos else set(model.config.eos_token_ids)
-        history = _padded(self.prompts) if settings.repetition_penalty != 1 else None
-        # A row is also the slot of its state; rows that have ended leave the batch.
-        rows = np.arange(len(self.prompts), dtype=np.int32)
-        token_ids = np.empty(0, np.int64)
+        decoder = Decoder(model.new_decoder(state))
+        rows = np.arange(len(self.prompts))  # which go on; a row is also the slot of its state
+        decoder.admit(
+            rows,
+            self.prompts,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            min_p=settings.min_p,
+            repetition_penalty=settings.repetition_penalty,
+            seed=self._seeds,
+        )
+        launched = [rows]  # the rows of what has not been taken: some may have ended since
         for position in range(settings.max_new_tokens):
-            if position > 0:
-                logits = logits[: len(rows)]
-                model.forward(token_ids[:, np.newaxis], logits, state, rows)
-            token_ids = ops.sample(
-                logits,
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
-                min_p=settings.min_p,
-                repetition_penalty=settings.repetition_penalty,
-                history=history,
-                seed=self._seeds[rows],
-                position=position,
-            )
             is_last = position + 1 == settings.max_new_tokens
-            goes_on = np.full(len(rows), not is_last)
-            for i, (row, token_id) in enumerate(zip(rows, token_ids.tolist(), strict=True)):
+            runs_ahead = decoder.runs_ahead and not is_last
+            if runs_ahead:
+                decoder.step(rows)
+                launched.append(rows)
+            going_on = set(rows.tolist())
+            ended = []
+            for row, token_id in zip(launched.pop(0).tolist(), decoder.take(), strict=True):
+                if row not in going_on:
+                    continue
                 continuation = self._continuations[row]
                 is_eos = token_id in eos_token_ids
                 piece = continuation.close() if is_eos else continuation.push(token_id)
                 if is_last and not is_eos:
                     piece += continuation.close()
-                goes_on[i] &= not (is_eos or continuation.stopped)
-                yield int(row), piece
-            if self._state is not None and not goes_on.all():
+                if is_last or is_eos or continuation.stopped:
+                    ended.append(row)
+                yield row, piece
+            if self._state is not None and ended and not runs_ahead:
                 # What is read next is no longer for this run to know, but follows all of it.
-                model.forward(token_ids[~goes_on, np.newaxis], None, state, rows[~goes_on])
-            rows, token_ids = rows[goes_on], token_ids[goes_on]
+                decoder.read(ended)
+            rows = np.setdiff1d(rows, ended)
             if not rows.size:
                 return
-            if history is not None:
-                history = np.column_stack([history[goes_on], token_ids])
+            if not decoder.runs_ahead:
+                decoder.step(rows)
+                launched.append(rows)
 
-    def _read_prompts(self, state: _core.ModelState) -> np.ndarray | None:
-        """Reads all prompts in one pass; returns the logits that follow, or None if not wanted."""
-        logits = None
-        if self._settings.max_new_tokens > 0:
-            vocab_size = self._language_model.config.vocab_size
-            logits = np.empty((len(self.prompts), vocab_size), np.float32)
+    def _read_prompts(self, state: _core.ModelState) -> None:
+        """Reads all prompts in one pass."""
         token_ids = np.concatenate(self.prompts)[np.newaxis]
         cu_seqlens = None
         if len(self.prompts) > 1:
             cu_seqlens = np.cumsum([0, *map(len, self.prompts)], dtype=np.int32)
-        self._language_model.forward(token_ids, logits, state, None, cu_seqlens)
-        return logits
+        self._language_model.forward(token_ids, None, state, None, cu_seqlens)
 
 
 def _check_settings(settings: GenerationSettings, op: str) -> None:
@@ -203,12 +202,3 @@ def _is_batch(prompt: Any, op: str) -> bool:
             f"{op}: prompt should be a str, token ids, or a list of either, "
             f"got {type(prompt).__name__}"
         ) from None
-
-
-def _padded(prompts: Sequence[np.ndarray]) -> np.ndarray:
-    """(rows, longest prompt) int64, with -1 before the shorter ones."""
-    longest = max(len(prompt) for prompt in prompts)
-    padded = np.full((len(prompts), longest), -1, np.int64)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[longest - len(prompt) :] = prompt
-    return padded

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from ssmcore import _core
+from ssmcore._cublaslt import find_cublaslt
 from ssmcore._files import write_atomically
-from ssmcore.errors import BackendError, InvalidArgumentError
+from ssmcore.errors import InvalidArgumentError
 from ssmcore.model import Model
 from ssmcore.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 
 _BUNDLED = Path(__file__).parent / "assets" / "mamba1-prose"
+_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 _HUB_FILES = (
     "config.json",
@@ -27,7 +30,7 @@ _TORCH_FILE = "pytorch_model.bin"
 _TORCH_INDEX = "pytorch_model.bin.index.json"
 _HUB_TORCH_FILES = (_TORCH_FILE, _TORCH_INDEX, "pytorch_model-*.bin")
 _DTYPES = {
-    "auto": "float32",
+    "auto": None,
     "float32": "float32",
     "fp32": "float32",
     "bfloat16": "bfloat16",
@@ -43,6 +46,8 @@ def load(
     dtype: str = "auto",
     *,
     trainable: bool = False,
+    batch_invariant: bool = False,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Model:
     """Loads a language model.
 
@@ -51,10 +56,17 @@ def load(
             writes it, or pytorch_model.bin as mamba-ssm does, whole or as shards and their index;
             or the name of a model on the Hugging Face hub, which needs huggingface_hub. None: the
             small model that comes with ssmcore.
-        device: "auto" or "cpu".
+        device: where the weights go and the model runs: "cpu", "cuda" for the first GPU, or
+            "cuda:1" and so on. "auto": the first GPU if this build and machine have one, else the
+            CPU.
         dtype: of the activations: "float32", "bfloat16" or "float16" (or "fp32", "bf16",
-            "fp16"); weights stay as stored. "auto": float32.
+            "fp16"); weights stay as stored. "auto": float32 on the CPU, and on a GPU the type
+            most weights are stored in.
         trainable: copy the weights as float32 to memory where `Model.parameters` may be written.
+        batch_invariant: make the bits of a sequence's results on a GPU independent of its batch,
+            for some speed. On the CPU they always are.
+        progress: called as `progress(done, total)` with bytes of the checkpoint. What it raises
+            ends the loading.
 
     The tokenizer is the folder's tokenizer.json; without one, a model of 256 tokens gets one
     token for each byte and others none.
@@ -62,18 +74,9 @@ def load(
     Raises:
         InvalidArgumentError: for a path or hub id that is not there, a folder that holds no model
             ssmcore knows or a damaged one, and an unknown device or dtype.
-        BackendError: for a device that this build does not have.
+        BackendError: for a device that this build or machine does not have, and out of memory.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise InvalidArgumentError(f'load: device should be "auto" or "cpu", got {device!r}')
-    if device == "cuda":
-        raise BackendError(
-            'load: device is "cuda", but models have no CUDA path yet; only ssmcore.ops has'
-        )
-    if dtype not in _DTYPES:
-        known = ", ".join(f'"{name}"' for name in _DTYPES)
-        raise InvalidArgumentError(f"load: dtype should be one of {known}, got {dtype!r}")
-
+    device, activations = resolved_device(device), dtype_of(dtype)
     folder = _BUNDLED if path_or_hub_id is None else _find(path_or_hub_id)
     is_torch = any((folder / name).exists() for name in (_TORCH_FILE, _TORCH_INDEX))
     if is_torch and not _has_safetensors(folder):
@@ -81,7 +84,12 @@ def load(
     else:
         checkpoint = _core.Checkpoint.open(str(folder))
     tokenizer = _open_tokenizer(folder, checkpoint.config.vocab_size)
-    return Model(_core.LanguageModel(checkpoint, _DTYPES[dtype], trainable), tokenizer)
+    if device != "cpu":
+        find_cublaslt()
+    language_model = _core.LanguageModel(
+        checkpoint, activations, trainable, device, batch_invariant, progress
+    )
+    return Model(language_model, tokenizer)
 
 
 def save(model: Model, path: str | os.PathLike[str]) -> None:
@@ -98,6 +106,25 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
     model._language_model.save(str(folder))
     if isinstance(model.tokenizer, FileTokenizer):
         write_atomically(folder / "tokenizer.json", model.tokenizer.to_json().encode(), "save")
+
+
+def resolved_device(device: str) -> str:
+    """`device`, or what "auto" means here. Raises InvalidArgumentError for another name."""
+    if not isinstance(device, str) or not _DEVICE.fullmatch(device):
+        raise InvalidArgumentError(
+            f'load: device should be "auto", "cpu", "cuda" or "cuda:N", got {device!r}'
+        )
+    if device == "auto":
+        return "cuda" if _core.cuda_device_count() > 0 else "cpu"
+    return device
+
+
+def dtype_of(name: str) -> str | None:
+    """The dtype of this name, None for "auto". Raises InvalidArgumentError for another name."""
+    if name not in _DTYPES:
+        known = ", ".join(f'"{name}"' for name in _DTYPES)
+        raise InvalidArgumentError(f"load: dtype should be one of {known}, got {name!r}")
+    return _DTYPES[name]
 
 
 def _find(path_or_hub_id: str | os.PathLike[str]) -> Path:

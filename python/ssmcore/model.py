@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from ssmcore._arrays import gpu_of, reshaped
 from ssmcore._outputs import library_of
+from ssmcore.decoder import Decoder
 from ssmcore.errors import InvalidArgumentError
 from ssmcore.generate import Generation, GenerationSettings
 from ssmcore.scoring import Score, sum_nats, windows_of
@@ -33,7 +35,7 @@ class Model:
         config = self.config
         return (
             f"<ssmcore.Model {config.model_type}, {config.n_layer} layers, "
-            f"{self.num_parameters:,} parameters, {self.dtype}>"
+            f"{self.num_parameters:,} parameters, {self.dtype}, on {self.device}>"
         )
 
     @property
@@ -52,6 +54,11 @@ class Model:
         return self._language_model.dtype
 
     @property
+    def device(self) -> str:
+        """Where it runs: "cpu", or "cuda:0" and so on."""
+        return self._language_model.device
+
+    @property
     def num_parameters(self) -> int:
         """How many numbers the model has learnt, tied weights counted once."""
         return self._language_model.num_parameters
@@ -59,6 +66,10 @@ class Model:
     def new_state(self, batch: int = 1) -> State:
         """The memory of `batch` sequences at their start, for `forward` and `step`."""
         return State(self._language_model.new_state(batch))
+
+    def new_decoder(self, state: State) -> Decoder:
+        """For sequences in the slots of `state` that join, go on together and leave."""
+        return Decoder(self._language_model.new_decoder(_native(state, "new_decoder")))
 
     def forward(
         self,
@@ -73,7 +84,8 @@ class Model:
 
         Args:
             token_ids: (B, T) or (T,) integers below `config.vocab_size`, T ≥ 1: a list, a NumPy
-                array or a torch tensor.
+                array or a torch tensor. Those in memory of the model's GPU, int32 or int64, stay
+                there, and one that is out of range is reported by a later call.
             state: the memory of B sequences, updated in place; None: of new ones.
             logits: which to return.
             cu_seqlens: (S + 1,) integers, for S sequences of any lengths packed one after another
@@ -99,8 +111,8 @@ class Model:
                 f'forward: logits should be "all", "last" or "none", got {logits!r}'
             )
         packed = cu_seqlens is not None
-        ids = as_token_ids(token_ids, "forward", "token_ids", ranks=(1,) if packed else (1, 2))
-        batch = ids.reshape(-1, ids.shape[-1])
+        ids = _as_ids(token_ids, "forward", ranks=(1,) if packed else (1, 2))
+        batch = ids if len(ids.shape) == 2 else reshaped(ids, 1, ids.shape[0])
         ends = as_int32(cu_seqlens, "forward", "cu_seqlens", at_least=2)
         slots = as_int32(state_indices, "forward", "state_indices")
         num_rows = len(batch) if ends is None else ends.size - 1
@@ -109,14 +121,14 @@ class Model:
                 raise InvalidArgumentError("forward: state_indices needs a state")
             state = self.new_state(num_rows)
         native = _native(state, "forward")
+        library, stream = library_of(token_ids), _stream_of(token_ids)
         if logits == "none":
-            self._language_model.forward(batch, None, native, slots, ends)
+            self._language_model.forward(batch, None, native, slots, ends, stream)
             return None, state
-        shape = batch.shape if logits == "all" else (num_rows,)
-        library = library_of(token_ids)
+        shape = tuple(batch.shape) if logits == "all" else (num_rows,)
         out = library.empty((*shape, self.config.vocab_size), "float32")
-        self._language_model.forward(batch, out, native, slots, ends)
-        is_batch = ids.ndim == 2 or (packed and logits == "last")
+        self._language_model.forward(batch, out, native, slots, ends, stream)
+        is_batch = len(ids.shape) == 2 or (packed and logits == "last")
         return library.hand_over(out if is_batch else out[0]), state
 
     def step(self, token_ids: Any, state: State, *, state_indices: Any = None) -> Any:
@@ -125,13 +137,21 @@ class Model:
         `token_ids` is (B,) or (B, 1) integers, `state` the memory of the sequences, updated in
         place; `state_indices`, logits and errors are those of `forward`.
         """
-        ids = as_token_ids(token_ids, "step", "token_ids", ranks=(1, 2))
+        ids = _as_ids(token_ids, "step", ranks=(1, 2))
         slots = as_int32(state_indices, "step", "state_indices")
-        if ids.ndim == 2 and ids.shape[1] != 1:
-            raise InvalidArgumentError(f"step: token_ids should be (B,) or (B, 1), got {ids.shape}")
+        shape = tuple(ids.shape)
+        if len(shape) == 2 and shape[1] != 1:
+            raise InvalidArgumentError(f"step: token_ids should be (B,) or (B, 1), got {shape}")
         library = library_of(token_ids)
-        out = library.empty((len(ids), self.config.vocab_size), "float32")
-        self._language_model.forward(ids.reshape(-1, 1), out, _native(state, "step"), slots)
+        out = library.empty((shape[0], self.config.vocab_size), "float32")
+        self._language_model.forward(
+            reshaped(ids, shape[0], 1),
+            out,
+            _native(state, "step"),
+            slots,
+            None,
+            _stream_of(token_ids),
+        )
         return library.hand_over(out)
 
     @property
@@ -340,6 +360,28 @@ class Model:
         read = token_ids[: targets.size + 1].tolist()
         num_bytes = self._tokenizer.num_bytes(read) - self._tokenizer.num_bytes(read[:1])
         return Score(tokens=targets.size, bytes=num_bytes, nats=nats)
+
+
+def _as_ids(token_ids: Any, op: str, ranks: tuple[int, ...]) -> Any:
+    """Token ids as an int64 NumPy array, or as they are in memory of a GPU."""
+    if gpu_of(token_ids) is None:
+        return as_token_ids(token_ids, op, "token_ids", ranks)
+    if len(token_ids.shape) not in ranks or 0 in token_ids.shape:
+        raise InvalidArgumentError(
+            f"{op}: token_ids should be token ids of rank {' or '.join(map(str, ranks))}, "
+            f"got shape {tuple(token_ids.shape)}"
+        )
+    return token_ids
+
+
+def _stream_of(array: Any) -> int | None:
+    """The stream of an array in memory of a GPU, by its library."""
+    index = gpu_of(array)
+    if index is None:
+        return None
+    from ssmcore._gpu_outputs import gpu_library_of
+
+    return gpu_library_of(array, index).stream()
 
 
 def _native(state: State, op: str) -> _core.ModelState:

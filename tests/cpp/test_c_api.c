@@ -104,18 +104,19 @@ static void test_allocator(void) {
   CHECK_OK(ssmcore_model_load(context, SSMCORE_TEST_MODEL_DIR, NULL, &model));
   ssmcore_state* state;
   const size_t before = counter.allocated;
-  CHECK_OK(ssmcore_state_create(model, 3, &state));
+  CHECK_OK(ssmcore_state_create(model, 3, NULL, &state));
   size_t nbytes = 0;
   CHECK_OK(ssmcore_state_nbytes(state, &nbytes));
   CHECK(nbytes > 0 && counter.allocated - before == nbytes);
   ssmcore_state_free(state);
 
   counter.fails = 1;
-  CHECK_FAILS(ssmcore_state_create(model, 3, &state), SSMCORE_OUT_OF_MEMORY, "out of memory");
+  CHECK_FAILS(ssmcore_state_create(model, 3, NULL, &state), SSMCORE_OUT_OF_MEMORY, "out of memory");
   CHECK(state == NULL);
   counter.fails = 0;
   counter.misaligned = 1;
-  CHECK_FAILS(ssmcore_state_create(model, 3, &state), SSMCORE_INVALID_ARGUMENT, "not aligned");
+  CHECK_FAILS(ssmcore_state_create(model, 3, NULL, &state), SSMCORE_INVALID_ARGUMENT,
+              "not aligned");
   counter.misaligned = 0;
 
   ssmcore_model_free(model);

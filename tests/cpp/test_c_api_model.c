@@ -72,13 +72,13 @@ static void test_golden_text(const ssmcore_context* context, const ssmcore_model
   char golden[kLength], text[kLength];
   read_golden(golden);
   ssmcore_state *state, *copy;
-  CHECK_OK(ssmcore_state_create(model, 3, &state));
+  CHECK_OK(ssmcore_state_create(model, 3, NULL, &state));
   float logits[kVocabSize], logits_of_copy[kVocabSize];
   CHECK_OK(prefill_slot(model, state, 2, logits));
   continue_slot(context, model, state, 2, logits, text, kLength / 2);
-  CHECK_OK(ssmcore_state_copy_slot(state, 2, 0));
-  CHECK_OK(ssmcore_state_reset_slot(state, 2));
-  CHECK_OK(ssmcore_state_clone(state, &copy));
+  CHECK_OK(ssmcore_state_copy_slot(state, 2, 0, NULL));
+  CHECK_OK(ssmcore_state_reset_slot(state, 2, NULL));
+  CHECK_OK(ssmcore_state_clone(state, NULL, &copy));
 
   memcpy(logits_of_copy, logits, sizeof logits);
   continue_slot(context, model, state, 0, logits, text + kLength / 2, kLength / 2);
@@ -129,18 +129,20 @@ static void test_model(ssmcore_context* context, const ssmcore_model* model) {
 
   ssmcore_state* state = NULL;
   float logits[kVocabSize];
-  CHECK_FAILS(ssmcore_state_create(model, 0, &state), SSMCORE_INVALID_ARGUMENT, "num_slots is 0");
-  CHECK_FAILS(ssmcore_state_create(NULL, 1, &state), SSMCORE_INVALID_ARGUMENT, "model is NULL");
-  CHECK_FAILS(ssmcore_state_clone(NULL, &state), SSMCORE_INVALID_ARGUMENT, "state is NULL");
-  CHECK_FAILS(ssmcore_state_reset_slot(NULL, 0), SSMCORE_INVALID_ARGUMENT, "state is NULL");
-  CHECK_FAILS(ssmcore_state_copy_slot(NULL, 0, 0), SSMCORE_INVALID_ARGUMENT, "state is NULL");
+  CHECK_FAILS(ssmcore_state_create(model, 0, NULL, &state), SSMCORE_INVALID_ARGUMENT,
+              "num_slots is 0");
+  CHECK_FAILS(ssmcore_state_create(NULL, 1, NULL, &state), SSMCORE_INVALID_ARGUMENT,
+              "model is NULL");
+  CHECK_FAILS(ssmcore_state_clone(NULL, NULL, &state), SSMCORE_INVALID_ARGUMENT, "state is NULL");
+  CHECK_FAILS(ssmcore_state_reset_slot(NULL, 0, NULL), SSMCORE_INVALID_ARGUMENT, "state is NULL");
+  CHECK_FAILS(ssmcore_state_copy_slot(NULL, 0, 0, NULL), SSMCORE_INVALID_ARGUMENT, "state is NULL");
   CHECK_FAILS(prefill_slot(model, NULL, 0, logits), SSMCORE_INVALID_ARGUMENT, "state is missing");
-  CHECK_OK(ssmcore_state_create(model, 2, &state));
+  CHECK_OK(ssmcore_state_create(model, 2, NULL, &state));
   int64_t slots = 0;
   CHECK_OK(ssmcore_state_num_slots(state, &slots));
   CHECK(slots == 2);
-  CHECK_FAILS(ssmcore_state_reset_slot(state, 2), SSMCORE_INVALID_ARGUMENT, "slot is 2");
-  CHECK_FAILS(ssmcore_state_copy_slot(state, 0, -1), SSMCORE_INVALID_ARGUMENT, "to is -1");
+  CHECK_FAILS(ssmcore_state_reset_slot(state, 2, NULL), SSMCORE_INVALID_ARGUMENT, "slot is 2");
+  CHECK_FAILS(ssmcore_state_copy_slot(state, 0, -1, NULL), SSMCORE_INVALID_ARGUMENT, "to is -1");
   CHECK_FAILS(prefill_slot(NULL, state, 0, logits), SSMCORE_INVALID_ARGUMENT, "model is NULL");
   CHECK_FAILS(prefill_slot(model, state, 5, logits), SSMCORE_INVALID_ARGUMENT, "2 slots");
   CHECK_FAILS(step_slot(model, state, 0, kVocabSize, logits), SSMCORE_INVALID_ARGUMENT,
@@ -164,9 +166,10 @@ static void* fail_repeatedly(void* argument) {
   snprintf(words, sizeof words, "slot is %d", failure->slot);
   CHECK(strcmp(ssmcore_last_error(), "") == 0);
   ssmcore_state* state;
-  CHECK_OK(ssmcore_state_create(failure->model, 1, &state));
+  CHECK_OK(ssmcore_state_create(failure->model, 1, NULL, &state));
   for (int i = 0; i < 1000; ++i)
-    CHECK_FAILS(ssmcore_state_reset_slot(state, failure->slot), SSMCORE_INVALID_ARGUMENT, words);
+    CHECK_FAILS(ssmcore_state_reset_slot(state, failure->slot, NULL), SSMCORE_INVALID_ARGUMENT,
+                words);
   ssmcore_state_free(state);
   return NULL;
 }
@@ -183,11 +186,11 @@ static void test_threads(const ssmcore_model* model) {
 static void test_free_order(ssmcore_context* context, ssmcore_model* model) {
   ssmcore_state* state;
   float logits[kVocabSize];
-  CHECK_OK(ssmcore_state_create(model, 1, &state));
+  CHECK_OK(ssmcore_state_create(model, 1, NULL, &state));
   ssmcore_context_destroy(context);
   CHECK_OK(prefill_slot(model, state, 0, logits));
   ssmcore_model_free(model);
-  CHECK_OK(ssmcore_state_reset_slot(state, 0));
+  CHECK_OK(ssmcore_state_reset_slot(state, 0, NULL));
   ssmcore_state_free(state);
 }
 

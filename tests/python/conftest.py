@@ -33,6 +33,14 @@ def gradient_backend(request: pytest.FixtureRequest) -> Backend:
     return BACKENDS[request.param]
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a model runs; without a GPU that of CUDA is skipped."""
+    if request.param == "cuda" and ssmcore.cuda_device_count() == 0:
+        pytest.skip("no CUDA device, or ssmcore was built without CUDA")
+    return str(request.param)
+
+
 @pytest.fixture
 def set_num_threads() -> Iterator[Callable[[int], None]]:
     """`ssmcore.set_num_threads`, undone after the test."""

@@ -16,12 +16,18 @@ PROMPT = "It is a truth universally acknowledged, that a single man in possessio
 
 @functools.cache
 def bundled_model() -> ssmcore.Model:
-    return ssmcore.load()
+    return ssmcore.load(device="cpu")
+
+
+@functools.cache
+def model_on(device: str, **options) -> ssmcore.Model:
+    """The bundled model in float32 on a device."""
+    return ssmcore.load(device=device, dtype="float32", **options)
 
 
 @functools.cache
 def upstream_model() -> ssmcore.Model:
-    return ssmcore.load(UPSTREAM)
+    return ssmcore.load(UPSTREAM, device="cpu")
 
 
 @functools.cache

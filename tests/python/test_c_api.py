@@ -46,7 +46,7 @@ def model(context: ctypes.c_void_p) -> Iterator[ctypes.c_void_p]:
 
 @pytest.fixture
 def state(model: ctypes.c_void_p) -> Iterator[ctypes.c_void_p]:
-    handle = c.create("state_create", model, ctypes.c_int64(1))
+    handle = c.create("state_create", model, ctypes.c_int64(1), None)
     yield handle
     c.LIBRARY.ssmcore_state_free(handle)
 
@@ -303,7 +303,7 @@ def test_logits_of_the_last_position_or_none(model: ctypes.c_void_p) -> None:
     prompts = np.stack([golden()["prompt"], golden()["prompt"][::-1]]).astype(np.int32)
     every, last, after = (np.empty((2, *n, 256), np.float32) for n in ((74,), (), ()))
     slots = np.array([2, 0], np.int32)
-    states = [c.create("state_create", model, ctypes.c_int64(3)) for _ in range(2)]
+    states = [c.create("state_create", model, ctypes.c_int64(3), None) for _ in range(2)]
     arguments = {"token_ids": prompts, "state_indices": slots}
     c.call("model_prefill", model, **arguments, state=states[0], logits=every)
     c.call("model_prefill", model, **arguments, state=states[1])
@@ -313,8 +313,8 @@ def test_logits_of_the_last_position_or_none(model: ctypes.c_void_p) -> None:
     assert_same_bits(last, after)
     assert not np.array_equal(last[0], last[1])
 
-    c.LIBRARY.ssmcore_state_reset_slot(states[0], ctypes.c_int64(0))
-    c.LIBRARY.ssmcore_state_reset_slot(states[0], ctypes.c_int64(2))
+    c.LIBRARY.ssmcore_state_reset_slot(states[0], ctypes.c_int64(0), None)
+    c.LIBRARY.ssmcore_state_reset_slot(states[0], ctypes.c_int64(2), None)
     c.call("model_prefill", model, **arguments, state=states[0], logits=last)
     assert_close(last, every[:, -1], "float32")
     for state in states:
@@ -323,7 +323,7 @@ def test_logits_of_the_last_position_or_none(model: ctypes.c_void_p) -> None:
 
 def test_packed_prompts(model: ctypes.c_void_p) -> None:
     prompt = golden()["prompt"].astype(np.int32)
-    state = c.create("state_create", model, ctypes.c_int64(2))
+    state = c.create("state_create", model, ctypes.c_int64(2), None)
     cu_seqlens, slots = np.array([0, 30, 74], np.int32), np.array([1, 0], np.int32)
     logits = np.empty((2, 256), np.float32)
     packed = {"token_ids": prompt[None], "cu_seqlens": cu_seqlens, "state_indices": slots}
@@ -332,7 +332,7 @@ def test_packed_prompts(model: ctypes.c_void_p) -> None:
     for row, sequence in enumerate(np.split(prompt, [30])):
         alone, only = (
             np.empty((1, 256), np.float32),
-            c.create("state_create", model, ctypes.c_int64(1)),
+            c.create("state_create", model, ctypes.c_int64(1), None),
         )
         c.call("model_prefill", model, token_ids=sequence[None], state=only, logits=alone)
         assert_close(logits[row], alone[0], "float32")
@@ -342,7 +342,7 @@ def test_packed_prompts(model: ctypes.c_void_p) -> None:
 def test_info(model: ctypes.c_void_p) -> None:
     info = c.struct("model_info")
     c.check(c.LIBRARY.ssmcore_model_get_info(model, ctypes.byref(info)))
-    expected = ssmcore.load()
+    expected = ssmcore.load(device="cpu")
     assert info.num_parameters == expected.num_parameters
     for name in ("vocab_size", "d_model", "n_layer", "dim", "dstate"):
         assert getattr(info, name) == getattr(expected.config, name)

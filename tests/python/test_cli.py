@@ -142,7 +142,7 @@ def test_another_model_and_type():
         (["generate", b"\xff"], "not valid Unicode"),
         (["generate", "a", "-m", "/no/such/model"], "/no/such/model"),
         (["generate", "a", "--device", "tpu"], "'tpu'"),
-        (["generate", "a", "--device", "cuda"], "no CUDA"),
+        (["generate", "a", "--device", "cuda:99"], "device cuda"),
         (["generate", "a", "--dtype", "int3"], "'int3'"),
         (["generate", "a", "--threads", "0"], "0"),
         (["generate", "a", "-n", "-1"], "max_new_tokens"),

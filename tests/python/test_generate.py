@@ -173,7 +173,7 @@ def with_eos(model, token_id):
     class LanguageModel:
         config = Config
         new_state = model._language_model.new_state
-        forward = model._language_model.forward
+        new_decoder = model._language_model.new_decoder
 
     return ssmcore.Model(LanguageModel, model.tokenizer)
 

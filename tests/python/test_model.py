@@ -312,10 +312,11 @@ def test_paths(tmp_path):
 
 
 def test_bad_arguments(tmp_path):
-    with pytest.raises(ssmcore.InvalidArgumentError, match=r"device should be .* 'tpu'"):
-        ssmcore.load(device="tpu")
-    with pytest.raises(ssmcore.BackendError, match="no CUDA"):
-        ssmcore.load(device="cuda")
+    for device in ("tpu", "cuda:", "cuda:x", "cuda 0", None):
+        with pytest.raises(ssmcore.InvalidArgumentError, match="device should be "):
+            ssmcore.load(device=device)
+    with pytest.raises(ssmcore.BackendError, match="device cuda"):
+        ssmcore.load(device="cuda:99")
     with pytest.raises(ssmcore.InvalidArgumentError, match=r"dtype should be .*\"bf16\".* 'int8'"):
         ssmcore.load(dtype="int8")
     for path in (tmp_path / "nothing", "nothing", "./no/thing", "/a/b/c"):

@@ -17,6 +17,8 @@ class Allocator {
   // on which the memory will first be used; the CPU ignores it.
   virtual void* allocate(size_t bytes, void* stream) = 0;
   virtual void deallocate(void* data, size_t bytes, void* stream) noexcept = 0;
+  // Waits for the device, where calls do not, and gives back to it what is kept for later.
+  virtual void release_unused() noexcept {}
 };
 
 // The default allocator for host memory; lives as long as the program.

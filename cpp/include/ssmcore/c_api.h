@@ -531,13 +531,15 @@ typedef struct ssmcore_state ssmcore_state;
 
 typedef struct ssmcore_model_options {
   size_t struct_size;
-  ssmcore_dtype dtype; /* of the activations: float32 (also for zeros), bfloat16 or float16 */
+  ssmcore_dtype dtype; /* of the activations: float32, bfloat16 or float16; zeros: float32 on the
+                          CPU, the type most weights are stored in on a GPU */
   int64_t trainable;   /* flag: copies the weights as float32 to memory where they may be written */
 } ssmcore_model_options;
 
-/* Loads a folder with config.json and model.safetensors, or shards with an index. `options` may be
- * NULL: the defaults. On failure *model is NULL: SSMCORE_NOT_FOUND for a folder or file that is not
- * there, SSMCORE_INVALID_CHECKPOINT for one that is damaged or of an unknown kind. */
+/* Loads a folder with config.json and model.safetensors, or shards with an index, to the context's
+ * device. `options` may be NULL: the defaults. On failure *model is NULL: SSMCORE_NOT_FOUND for a
+ * folder or file that is not there, SSMCORE_INVALID_CHECKPOINT for one that is damaged or of an
+ * unknown kind. */
 SSMCORE_C_API ssmcore_status ssmcore_model_load(const ssmcore_context* context, const char* folder,
                                                 const ssmcore_model_options* options,
                                                 ssmcore_model** model);
@@ -562,21 +564,25 @@ typedef struct ssmcore_model_info {
 SSMCORE_C_API ssmcore_status ssmcore_model_get_info(const ssmcore_model* model,
                                                     ssmcore_model_info* info);
 
-/* A state of `num_slots` ≥ 1 slots, all at the start of a sequence. On failure *state is NULL. */
+/* A state of `num_slots` ≥ 1 slots, all at the start of a sequence, on the model's device: on a
+ * GPU, this and what follows are in the order of `stream`. On failure *state is NULL. */
 SSMCORE_C_API ssmcore_status ssmcore_state_create(const ssmcore_model* model, int64_t num_slots,
-                                                  ssmcore_state** state);
+                                                  void* stream, ssmcore_state** state);
 /* A copy of every slot. On failure *copy is NULL. */
-SSMCORE_C_API ssmcore_status ssmcore_state_clone(const ssmcore_state* state, ssmcore_state** copy);
+SSMCORE_C_API ssmcore_status ssmcore_state_clone(const ssmcore_state* state, void* stream,
+                                                 ssmcore_state** copy);
 SSMCORE_C_API void ssmcore_state_free(ssmcore_state* state);
 SSMCORE_C_API ssmcore_status ssmcore_state_num_slots(const ssmcore_state* state,
                                                      int64_t* num_slots);
 SSMCORE_C_API ssmcore_status ssmcore_state_nbytes(const ssmcore_state* state, size_t* nbytes);
 /* Back to the start of a sequence. */
-SSMCORE_C_API ssmcore_status ssmcore_state_reset_slot(ssmcore_state* state, int64_t slot);
-SSMCORE_C_API ssmcore_status ssmcore_state_copy_slot(ssmcore_state* state, int64_t from,
-                                                     int64_t to);
+SSMCORE_C_API ssmcore_status ssmcore_state_reset_slot(ssmcore_state* state, int64_t slot,
+                                                      void* stream);
+SSMCORE_C_API ssmcore_status ssmcore_state_copy_slot(ssmcore_state* state, int64_t from, int64_t to,
+                                                     void* stream);
 
-/* Whole sequences, or their continuations. Workspaces are as for operators. */
+/* Whole sequences, or their continuations. Workspaces are as for operators. On a GPU token_ids and
+ * state_indices may be in memory of the host, and packed cu_seqlens and state_indices must be. */
 typedef struct ssmcore_model_prefill_args {
   size_t struct_size;
   const ssmcore_tensor* token_ids;     /* (batch, seqlen), int32 or int64, seqlen ≥ 1 */

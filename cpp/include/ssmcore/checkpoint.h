@@ -16,6 +16,7 @@ namespace ssmcore {
 struct TensorMap {
   std::map<std::string, TensorView> tensors;
   std::shared_ptr<const void> owner;
+  bool is_mapped = false;  // all of it lies in mapped files
 };
 
 // One model folder as stored. Files are mapped, so a tensor costs memory only once it is touched.
@@ -23,6 +24,9 @@ struct Checkpoint {
   ModelConfig config;
   TensorMap tensors;
 };
+
+// The dtype that most of a checkpoint's numbers have.
+DType stored_dtype(const Checkpoint& checkpoint);
 
 // Opens a folder with config.json and model.safetensors, or shards named by
 // model.safetensors.index.json. As in transformers, generation_config.json, if there, decides the

@@ -74,6 +74,13 @@ class Context {
 // CUDA devices that this build and machine can use; 0 where there is no driver.
 int cuda_device_count();
 
+struct DeviceMemory {
+  size_t free = 0, total = 0;  // bytes
+};
+
+// Of a context's GPU, whoever uses it. Throws Error(unsupported) on the CPU.
+DeviceMemory device_memory(const Context& context);
+
 // Where to load cuBLASLt from, which large products on a GPU run on, if this process has not loaded
 // a copy of it and the environment variable SSMCORE_CUBLASLT names none. By default the loader
 // looks for it by name. Heeded until the first such product.

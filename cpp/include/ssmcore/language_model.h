@@ -1,8 +1,10 @@
 // A whole language model: embedding, pre-norm residual blocks, final norm, head.
 #pragma once
 
+#include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -19,43 +21,51 @@ class Mixer;
 struct StateSpec;
 
 // The memory of running sequences: for every layer, the tensors its mixer carries from one token to
-// the next, with one slot a sequence. Belongs to the model that made it.
+// the next, with one slot a sequence. Belongs to the model that made it, and lies on its device;
+// on a GPU each call is in the order of `stream`.
 class ModelState {
  public:
   int64_t num_slots() const { return num_slots_; }
+  const Context& context() const { return *context_; }
   size_t nbytes() const;
   // A copy of every slot.
-  ModelState clone() const;
+  ModelState clone(void* stream = nullptr) const;
   // All slots as bytes and back, for a file; `load` throws Error(invalid_argument) unless they were
   // written from a state of the same model shape and number of slots.
-  std::string save() const;
-  void load(const std::string& bytes);
+  std::string save(void* stream = nullptr) const;
+  void load(const std::string& bytes, void* stream = nullptr);
   // What follows throws Error(invalid_argument) for a slot out of range.
   // Whether nothing has been read: a sequence starts from zeros.
-  bool is_at_start(int64_t slot) const;
+  bool is_at_start(int64_t slot, void* stream = nullptr) const;
   // Back to the start of a sequence.
-  void reset_slot(int64_t slot);
-  void copy_slot(int64_t from, int64_t to);
+  void reset_slot(int64_t slot, void* stream = nullptr);
+  void copy_slot(int64_t from, int64_t to, void* stream = nullptr);
 
  private:
   friend class LanguageModel;
   ModelState() = default;
   ModelState(const std::vector<std::vector<StateSpec>>& layers, int64_t num_slots,
-             Allocator& allocator, uint64_t model);
+             const Context& context, uint64_t model, void* stream);
   void check_slot(const char* name, int64_t slot) const;
+  char* slot_data(int64_t slot) const;
   std::string header() const;
 
-  // tensors[layer][i], each with num_slots rows along its first dimension.
+  // tensors[layer][i], each with num_slots rows along its first dimension. All of a slot is one
+  // piece of memory.
   std::vector<std::vector<TensorView>> tensors_;
   Buffer buffer_;
   int64_t num_slots_ = 0;
-  Allocator* allocator_ = nullptr;
+  size_t slot_bytes_ = 0;
+  const Context* context_ = nullptr;
   uint64_t model_ = 0;  // serial number
 };
 
 struct LanguageModelFwdArgs {
-  TensorView token_ids;  // (batch, seqlen), int32 or int64, seqlen ≥ 1
-  // Packed sequences of unequal lengths: batch is 1, and each sequence is a row for the state.
+  // (batch, seqlen), int32 or int64, seqlen ≥ 1. For a model on a GPU in memory of either the host,
+  // where ids are checked at once, or the GPU.
+  TensorView token_ids;
+  // Packed sequences of unequal lengths: batch is 1, and each sequence is a row for the state. In
+  // memory of the host, wherever the model is, and state_indices with it.
   TensorView cu_seqlens;        // optional (rows + 1), int32, as in SelectiveScanFwdArgs
   ModelState* state = nullptr;  // read, then updated
   TensorView state_indices;     // optional (batch), int32: each row's slot, all different; absent:
@@ -85,24 +95,31 @@ struct LanguageModelTrainArgs {
 
 inline constexpr int64_t kIgnoredTarget = -100;
 
+// Called with the bytes of the checkpoint that have been taken, and all there are.
+using LoadProgress = std::function<void(size_t done, size_t total)>;
+
 struct LoadOptions {
-  // Of the activations: float32, bfloat16 or float16. Weights stay as stored,
-  DType dtype = DType::float32;
+  // Of the activations: float32, bfloat16 or float16. By default float32 on the CPU, and the type
+  // most weights are stored in on a GPU. Weights stay as stored,
+  std::optional<DType> dtype;
   // or are copied as float32 to memory of the model's own, where parameters() may be written.
   bool trainable = false;
+  LoadProgress progress;  // optional
 };
 
 // Not changed by use, so threads may share it, each with its own state and workspace. The context
-// must outlive it.
+// must outlive it, and its device holds the weights.
 class LanguageModel {
  public:
-  // Throws Error(invalid_checkpoint) for a missing or wrongly shaped tensor.
+  // Throws Error(invalid_checkpoint) for a missing or wrongly shaped tensor, and
+  // Error(out_of_memory); what was allocated is then free again.
   LanguageModel(const Checkpoint& checkpoint, const Context& context,
                 const LoadOptions& options = {});
   ~LanguageModel();
   LanguageModel(LanguageModel&&) noexcept;
 
   const ModelConfig& config() const { return checkpoint_.config; }
+  const Context& context() const { return *context_; }
   DType dtype() const { return dtype_; }
   int64_t num_parameters() const;
 
@@ -115,9 +132,10 @@ class LanguageModel {
   // it follows with the next refresh().
   const std::map<std::string, TensorView>& parameters() const { return parameters_; }
   bool trainable() const { return trainable_; }
-  void refresh() { load(); }
+  void refresh() { load({}); }
 
-  ModelState new_state(int64_t num_slots) const;
+  // On a GPU in the order of `stream`.
+  ModelState new_state(int64_t num_slots, void* stream = nullptr) const;
 
   // Sequences are processed in chunks, so that this stays bounded however long they are.
   size_t workspace_size(int64_t batch, int64_t seqlen, const Context& context) const;
@@ -135,7 +153,7 @@ class LanguageModel {
   class TrainingStep;
 
   // Everything below that comes from the checkpoint's tensors.
-  void load();
+  void load(const LoadProgress& progress);
   size_t chunk_workspace_size(int64_t batch, int64_t length, const Context& context) const;
   // Tokens [begin, begin + length) of every row.
   void forward_chunk(const LanguageModelFwdArgs& args, int64_t begin, int64_t length,
@@ -144,23 +162,28 @@ class LanguageModel {
   // the first that does not end within.
   int64_t forward_packed_chunk(const LanguageModelFwdArgs& args, int64_t row, int64_t begin,
                                int64_t length, const Exec& exec) const;
-  // From the embedding to the last mixer: the results are at.residual and, yet to be added to it,
-  // at.hidden.
-  void forward_layers(const TensorView& token_ids, const ModelState& state,
-                      const TensorView& state_indices, const TensorView& cu_seqlens,
-                      const Activations& at, const Exec& exec) const;
+  // From the embedding to the last mixer: the result is at.residual, with what is returned, if
+  // anything, yet to be added to it.
+  TensorView forward_layers(const TensorView& token_ids, const ModelState& state,
+                            const TensorView& state_indices, const TensorView& cu_seqlens,
+                            const Activations& at, const Exec& exec) const;
+  // The same of one token a row, where the mixers have a kernel for whole layers: all is in
+  // at.residual then. Returns whether they have.
+  bool step_layers(const ModelState& state, const TensorView& state_indices, const Activations& at,
+                   const Exec& exec) const;
   void final_norm(const TensorView& hidden, const TensorView& residual, const TensorView& normed,
                   const Exec& exec) const;
   // The head at every position: logits is (batch, length, vocab_size).
-  void all_logits(const TensorView& logits, const Activations& at, const Exec& exec) const;
+  void all_logits(const TensorView& logits, const TensorView& hidden, const Activations& at,
+                  const Exec& exec) const;
 
   Checkpoint checkpoint_;  // dense weights point into its memory
   DType dtype_ = DType::float32;
   bool trainable_ = false;
   uint64_t serial_;
-  Allocator* allocator_ = nullptr;
+  const Context* context_ = nullptr;
   std::map<std::string, TensorView> parameters_;
-  std::vector<Buffer> buffers_;  // weights that had to be converted
+  std::vector<Buffer> buffers_;  // weights that are not used as and where stored
   std::vector<Layer> layers_;
   TensorView embedding_;
   TensorView head_;

@@ -3,7 +3,7 @@
 
 namespace ssmcore::cpu {
 
-SSMCORE_DECLARE_KERNEL(sample, SampleParams)  // compiled once, for every instruction set
+SSMCORE_FOR_EACH_PLAIN_KERNEL(SSMCORE_DECLARE_KERNEL)
 
 namespace SSMCORE_CPU_NAMESPACE {
 
@@ -14,6 +14,9 @@ const KernelTable table = {
 #define SSMCORE_KERNEL_ENTRY(name, Params) {name, name##_workspace_size},
     SSMCORE_FOR_EACH_KERNEL(SSMCORE_KERNEL_ENTRY)
 #undef SSMCORE_KERNEL_ENTRY
+#define SSMCORE_NO_KERNEL(name, Params) {nullptr, nullptr},
+        SSMCORE_FOR_EACH_GPU_KERNEL(SSMCORE_NO_KERNEL)
+#undef SSMCORE_NO_KERNEL
 };
 
 }  // namespace SSMCORE_CPU_NAMESPACE

@@ -66,20 +66,7 @@ def sample(
     def setting(name: str, value: Any, dtype: str) -> Any:
         if gpu_of(value) is not None:
             return value
-        try:
-            given = np.asarray(value)
-            if dtype == "int32":
-                given = np.minimum(given, np.iinfo(np.int32).max)
-            converted = given.astype(dtype, casting="same_kind")
-            if given.dtype.kind in "iu" and not np.array_equal(converted, given):
-                raise ValueError(f"beyond {dtype}")
-            if name == "seed" and given.ndim == 0:
-                converted = converted + np.arange(batch)
-            rows = np.broadcast_to(converted, (batch,))
-        except (TypeError, ValueError) as error:
-            raise InvalidArgumentError(
-                f"sample: {name} is {value!r}, expected a number or {batch} of them"
-            ) from error
+        rows = per_row(name, value, dtype, batch)
         if on is not None and name in _SETTINGS:
             valid, expected = _SETTINGS[name]
             if not valid(rows).all():
@@ -100,3 +87,26 @@ def sample(
         out=out,
     )
     return library.hand_over(out)
+
+
+def per_row(name: str, value: Any, dtype: str, batch: int) -> np.ndarray:
+    """A setting of `sample`, one number or one for each row, as a (batch,) array of `dtype`.
+
+    A seed that is one number counts up with the rows. Raises InvalidArgumentError for what is
+    neither.
+    """
+    try:
+        given = np.asarray(value)
+        if dtype == "int32":
+            given = np.minimum(given, np.iinfo(np.int32).max)
+        converted = given.astype(dtype, casting="same_kind")
+        if given.dtype.kind in "iu" and not np.array_equal(converted, given):
+            raise ValueError(f"beyond {dtype}")
+        if name == "seed" and given.ndim == 0:
+            converted = converted + np.arange(batch)
+        rows: np.ndarray = np.broadcast_to(converted, (batch,))
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(
+            f"sample: {name} is {value!r}, expected a number or {batch} of them"
+        ) from error
+    return rows
