@@ -1,7 +1,4 @@
 // Checks and lowers the scan's backward.
-#include <initializer_list>
-#include <string>
-
 #include "kernels.h"
 #include "selective_scan_checks.h"
 
@@ -30,21 +27,12 @@ SelectiveScanFwdArgs forward_of(const SelectiveScanBwdArgs& args) {
   return fwd;
 }
 
-// A gradient is shaped as its input, and there is none without one.
-void check_gradient(const Checks& check, const Gradient& gradient, const char* name,
-                    const TensorView& input, const char* input_name) {
-  if (!gradient.tensor) return;
-  check.require(static_cast<bool>(input), [&] {
-    return std::string(name) + " is asked for, but " + input_name + " is missing";
-  });
-  check.require(gradient.tensor.rank == input.rank, [&] {
-    return std::string(name) + " has shape " + gradient.tensor.shape_string() + ", expected " +
-           input.shape_string() + ", as " + input_name;
-  });
-  Shape shape{};
-  static constexpr const char* kDims[] = {"size 0", "size 1", "size 2", "size 3"};
-  for (int i = 0; i < input.rank; ++i) shape = shape + Shape{{kDims[i], input.shape[i]}};
-  check.output(gradient.tensor, name, shape, {input.dtype});
+// The shape of B or C, which is checked already.
+Shape coefficient_shape(const TensorView& tensor, const ScanProblem& is) {
+  const Dim steps{is.parts == 2 ? "2 seqlen" : "seqlen", is.parts * is.seqlen.size};
+  if (tensor.rank == 2) return {is.dim, is.dstate};
+  if (tensor.rank == 3) return {is.batch, is.dstate, steps};
+  return {is.batch, {"ngroups", tensor.shape[1]}, is.dstate, steps};
 }
 
 SelectiveScanBwdParams lower(const SelectiveScanBwdArgs& args, const Context& context) {
@@ -61,16 +49,15 @@ SelectiveScanBwdParams lower(const SelectiveScanBwdArgs& args, const Context& co
   check.state_indices(args.state_indices, is.rows.size, states.dims[0].size);
   if (args.chunk_states)
     check.input(args.chunk_states, "chunk_states", check_chunks(check, fwd, is), {is.coefficient});
-  check_gradient(check, args.du, "du", args.u, "u");
-  check_gradient(check, args.ddelta, "ddelta", args.delta, "delta");
-  check_gradient(check, args.dA, "dA", args.A, "A");
-  check_gradient(check, args.dB, "dB", args.B, "B");
-  check_gradient(check, args.dC, "dC", args.C, "C");
-  check_gradient(check, args.dD, "dD", args.D, "D");
-  check_gradient(check, args.dz, "dz", args.z, "z");
-  check_gradient(check, args.ddelta_bias, "ddelta_bias", args.delta_bias, "delta_bias");
-  if (args.dinitial_state.tensor)
-    check.output(args.dinitial_state.tensor, "dinitial_state", states, {is.coefficient});
+  check.gradient(args.du, "du", is.sequences(), {is.dtype});
+  check.gradient(args.ddelta, "ddelta", is.sequences(), {is.dtype});
+  check.gradient(args.dA, "dA", {is.dim, is.dstate}, {is.coefficient});
+  check.gradient(args.dB, "dB", coefficient_shape(args.B, is), {args.B.dtype});
+  check.gradient(args.dC, "dC", coefficient_shape(args.C, is), {args.C.dtype});
+  check.gradient_of(args.D, args.dD, "dD", {is.dim}, {is.parameter});
+  check.gradient_of(args.z, args.dz, "dz", is.sequences(), {is.dtype});
+  check.gradient_of(args.delta_bias, args.ddelta_bias, "ddelta_bias", {is.dim}, {is.parameter});
+  check.gradient(args.dinitial_state, "dinitial_state", states, {is.coefficient});
 
   const int64_t nheads = is.ngroups;
   SelectiveScanBwdParams params{};
@@ -105,39 +92,28 @@ SelectiveScanBwdParams lower(const SelectiveScanBwdArgs& args, const Context& co
 
 // Only when it runs: the memory of arguments that ask for a size may be made up.
 void check_overlap(const SelectiveScanBwdArgs& args, const Context& context) {
-  const Checks check(kOp, context.device());
-  struct Named {
-    const TensorView& tensor;
-    const char* name;
-  };
-  const Named inputs[] = {{args.u, "u"},
-                          {args.delta, "delta"},
-                          {args.A, "A"},
-                          {args.B, "B"},
-                          {args.C, "C"},
-                          {args.D, "D"},
-                          {args.z, "z"},
-                          {args.delta_bias, "delta_bias"},
-                          {args.initial_state, "initial_state"},
-                          {args.chunk_states, "chunk_states"},
-                          {args.dout, "dout"},
-                          {args.dlast_state, "dlast_state"}};
-  const Named gradients[] = {{args.du.tensor, "du"},
-                             {args.ddelta.tensor, "ddelta"},
-                             {args.dA.tensor, "dA"},
-                             {args.dB.tensor, "dB"},
-                             {args.dC.tensor, "dC"},
-                             {args.dD.tensor, "dD"},
-                             {args.dz.tensor, "dz"},
-                             {args.ddelta_bias.tensor, "ddelta_bias"},
-                             {args.dinitial_state.tensor, "dinitial_state"}};
-  for (const Named& gradient : gradients) {
-    for (const Named& input : inputs)
-      check.disjoint(gradient.tensor, gradient.name, input.tensor, input.name);
-    for (const Named& other : gradients)
-      if (&other != &gradient)
-        check.disjoint(gradient.tensor, gradient.name, other.tensor, other.name);
-  }
+  Checks(kOp, context.device())
+      .disjoint_gradients({{args.du.tensor, "du"},
+                           {args.ddelta.tensor, "ddelta"},
+                           {args.dA.tensor, "dA"},
+                           {args.dB.tensor, "dB"},
+                           {args.dC.tensor, "dC"},
+                           {args.dD.tensor, "dD"},
+                           {args.dz.tensor, "dz"},
+                           {args.ddelta_bias.tensor, "ddelta_bias"},
+                           {args.dinitial_state.tensor, "dinitial_state"}},
+                          {{args.u, "u"},
+                           {args.delta, "delta"},
+                           {args.A, "A"},
+                           {args.B, "B"},
+                           {args.C, "C"},
+                           {args.D, "D"},
+                           {args.z, "z"},
+                           {args.delta_bias, "delta_bias"},
+                           {args.initial_state, "initial_state"},
+                           {args.chunk_states, "chunk_states"},
+                           {args.dout, "dout"},
+                           {args.dlast_state, "dlast_state"}});
 }
 
 }  // namespace

@@ -151,6 +151,7 @@ TEST_CASE("every operator names itself and the first tensor it misses") {
     check_error(kInvalid, expected, run);
   };
   check_named("selective_scan: u is missing", [&] { selective_scan_fwd({}, exec); });
+  check_named("selective_scan_bwd: u is missing", [&] { selective_scan_bwd({}, exec); });
   check_named("selective_state_update: x is missing", [&] { selective_state_update({}, exec); });
   check_named("causal_conv1d: x is missing", [&] { causal_conv1d_fwd({}, exec); });
   check_named("causal_conv1d_update: x ", [&] { causal_conv1d_update({}, exec); });

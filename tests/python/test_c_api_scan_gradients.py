@@ -123,10 +123,10 @@ def test_states_in_slots(context: ctypes.c_void_p, packed: bool, dtype: str) -> 
     ("name", "shape", "dtype", "words"),
     [
         ("du", (2, 24, 66), "float32", ["du", "66", "67"]),
-        ("du", (2, 24), "float32", ["du", "(2, 24)", "(2, 24, 67)"]),
+        ("du", (2, 24), "float32", ["du", "(2, 24)", "seqlen 67"]),
         ("ddelta", (2, 24, 67), "float64", ["ddelta", "float64", "float32"]),
         ("dA", (24, 15), "float32", ["dA", "15", "16"]),
-        ("dB", (2, 1, 16, 67), "float32", ["dB", "(2, 16, 67)"]),
+        ("dB", (2, 1, 16, 67), "float32", ["dB", "(2, 1, 16, 67)", "dstate 16"]),
         ("dC", (3, 16, 67), "float32", ["dC", "3", "2"]),
         ("dD", (24,), "float16", ["dD", "float16", "float32"]),
         ("dz", (2, 24, 67), "float32", ["dz", "z is missing"]),

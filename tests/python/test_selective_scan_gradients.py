@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import reference
 import reference_gradients
-from backends import Backend
+from backends import BACKENDS, Backend, require_cuda
 from cases import COMPLEX_SCAN_CASES, FLOAT64_SCAN_CASES, SCAN_CASES, ScanCase
 from finite_differences import numerical_gradient
 from helpers import (
@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from sequences import boundaries, scan_steps
 from test_golden_ops import COMPLEX_SCANS, REAL_SCANS, load, scan_inputs
 
+import ssmcore
 from ssmcore import ops
 
 Arrays = dict[str, Any]
@@ -467,3 +468,11 @@ def test_bad_argument(gradient_backend: Backend, name: str, bad: Any, words: lis
     arguments = {**case.inputs(), **output_gradients(case), **saved, name: bad}
     with refuses("selective_scan_bwd", name, *words):
         gradient_backend.call(ops.selective_scan_bwd, **arguments)
+
+
+@pytest.mark.cuda
+def test_no_gradients_on_a_gpu() -> None:
+    require_cuda()
+    case = ScanCase()
+    with pytest.raises(ssmcore.BackendError, match="selective_scan_bwd: there are no gradients"):
+        BACKENDS["cuda"].call(ops.selective_scan_bwd, **case.inputs(), **output_gradients(case))

@@ -54,6 +54,9 @@ inline double sigmoid(double x) {
 inline double silu(double x) {
   return x * sigmoid(x);
 }
+inline double softplus(double x) {
+  return x > 20 ? x : std::log1p(std::exp(x));
+}
 inline double silu_slope(double x) {
   return sigmoid(x) * (1 + x * (1 - sigmoid(x)));
 }

@@ -9,6 +9,8 @@
 namespace ssmcore::cpu {
 namespace {
 
+using namespace float64;
+
 // Sets every element to 0, or leaves what will be added to.
 template <int Rank>
 void begin(const StridedGradient<Rank>& gradient, const int64_t (&shape)[Rank]) {
@@ -24,36 +26,36 @@ void begin(const StridedGradient<Rank>& gradient, const int64_t (&shape)[Rank]) 
 
 template <int Rank, typename... Index>
 void add(const StridedGradient<Rank>& gradient, double value, Index... index) {
-  if (gradient) *at(gradient, index...) += value;
+  if (gradient) at(static_cast<const Strided<Rank>&>(gradient), index...) += value;
 }
 
 // Channel (h, p) of one row. `states` holds (steps + 1, dstate) values, `dstate` dstate.
 void run_channel(const SelectiveScanBwdParams& b, int64_t row, int64_t h, int64_t p, double* states,
                  double* dstate) {
   const SelectiveScanFwdParams& s = b.fwd;
-  const Row64 r(s, row);
+  const Row r(s, row);
   const int64_t N = s.dstate, g = h / (s.nheads / s.ngroups);
   const int64_t g_B = b.ngroups_B == 1 ? 0 : g, g_C = b.ngroups_C == 1 ? 0 : g;
   const bool has_slot = r.slot >= 0;
-  const auto A = [&](int64_t n) { return *at(s.A, h, p, n); };
+  const auto A = [&](int64_t n) { return at(s.A, h, p, n); };
   const auto B = [&](int64_t n, int64_t t) {
-    return s.B ? *at(s.B, r.batch, g, n, t) : *at(s.constant_B, h, p, n);
+    return s.B ? at(s.B, r.batch, g, n, t) : at(s.constant_B, h, p, n);
   };
   const auto C = [&](int64_t n, int64_t t) {
-    return s.C ? *at(s.C, r.batch, g, n, t) : *at(s.constant_C, h, p, n);
+    return s.C ? at(s.C, r.batch, g, n, t) : at(s.constant_C, h, p, n);
   };
   const auto raw_delta = [&](int64_t t) {
-    return *at(s.delta, r.batch, h, p, t) + (s.delta_bias ? *at(s.delta_bias, h, p) : 0);
+    return at(s.delta, r.batch, h, p, t) + (s.delta_bias ? at(s.delta_bias, h, p) : 0);
   };
   const auto delta = [&](int64_t t) {
-    return s.delta_softplus ? softplus64(raw_delta(t)) : raw_delta(t);
+    return s.delta_softplus ? softplus(raw_delta(t)) : raw_delta(t);
   };
-  const auto u = [&](int64_t t) { return *at(s.u, r.batch, h, p, t); };
-  const double D = s.D ? *at(s.D, h, p) : 0;
+  const auto u = [&](int64_t t) { return at(s.u, r.batch, h, p, t); };
+  const double D = s.D ? at(s.D, h, p) : 0;
 
   for (int64_t n = 0; n < N; ++n) {
-    states[n] = s.initial_state && has_slot ? *at(s.initial_state, r.slot, h, p, n) : 0;
-    dstate[n] = b.dlast_state && has_slot ? *at(b.dlast_state, r.slot, h, p, n) : 0;
+    states[n] = s.initial_state && has_slot ? at(s.initial_state, r.slot, h, p, n) : 0;
+    dstate[n] = b.dlast_state && has_slot ? at(b.dlast_state, r.slot, h, p, n) : 0;
   }
   for (int64_t t = r.begin; t < r.end; ++t) {
     const double* before = states + (t - r.begin) * N;
@@ -65,14 +67,14 @@ void run_channel(const SelectiveScanBwdParams& b, int64_t row, int64_t h, int64_
   for (int64_t t = r.end; t-- > r.begin;) {
     const double* before = states + (t - r.begin) * N;
     const double* after = before + N;
-    const double dout = *at(b.dout, r.batch, h, p, t), dt = delta(t);
+    const double dout = at(b.dout, r.batch, h, p, t), dt = delta(t);
     double dy = dout;
     if (s.z) {
-      const double z = *at(s.z, r.batch, h, p, t), opening = 1 / (1 + std::exp(-z));
+      const double z = at(s.z, r.batch, h, p, t);
       double y = D * u(t);
       for (int64_t n = 0; n < N; ++n) y += C(n, t) * after[n];
-      add(b.dz, dout * y * opening * (1 + z * (1 - opening)), r.batch, h, p, t);
-      dy *= z * opening;
+      add(b.dz, dout * y * silu_slope(z), r.batch, h, p, t);
+      dy *= silu(z);
     }
     double dx = 0, ddelta = 0;
     for (int64_t n = 0; n < N; ++n) {
@@ -87,17 +89,14 @@ void run_channel(const SelectiveScanBwdParams& b, int64_t row, int64_t h, int64_
       add(b.dA, dstate[n] * before[n] * dt, h, p, n);
     }
     ddelta += dx * u(t);
-    if (s.delta_softplus && raw_delta(t) <= 20) ddelta /= 1 + std::exp(-raw_delta(t));
+    if (s.delta_softplus && raw_delta(t) <= 20) ddelta *= sigmoid(raw_delta(t));
     add(b.du, dx * dt + D * dy, r.batch, h, p, t);
     add(b.dD, dy * u(t), h, p);
     add(b.ddelta, ddelta, r.batch, h, p, t);
     add(b.ddelta_bias, ddelta, h, p);
   }
-  if (b.dinitial_state && has_slot)
-    for (int64_t n = 0; n < N; ++n) {
-      double* to = at(b.dinitial_state, r.slot, h, p, n);
-      *to = dstate[n] + (b.dinitial_state.accumulate ? *to : 0);
-    }
+  if (has_slot)
+    for (int64_t n = 0; n < N; ++n) put(b.dinitial_state, dstate[n], r.slot, h, p, n);
 }
 
 size_t states_bytes(const SelectiveScanFwdParams& s) {
