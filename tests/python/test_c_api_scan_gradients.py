@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from cases import ScanCase, rows
 from helpers import LAYOUTS, assert_close, assert_only_poison_around, assert_same_bits, place
-from test_selective_scan_gradients import output_gradients
+from scan_gradients import output_gradients
 
 from ssmcore import ops
 

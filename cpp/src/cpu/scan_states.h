@@ -38,9 +38,16 @@ SSMCORE_INLINE Vec coefficient(const float* from, const StatesOfTile& s, int64_t
     return broadcast(from[(t * s.dstate + n) * kParts + part]);
 }
 
-// Advances states [n, n + kN) over the chunk and adds their share to y.
-template <int kN, bool kConstantB, bool kConstantC>
-void scan_real_states(const StatesOfTile& s, int64_t n) {
+// What a scan keeps of every step besides y.
+struct KeepNothing {
+  template <typename... Values>
+  SSMCORE_INLINE void operator()(Values...) const {}
+};
+
+// Advances states [n, n + kN) over the chunk and adds their share to y. At every step t it calls
+// keep(t, i, decay, state) for i in [0, kN).
+template <int kN, bool kConstantB, bool kConstantC, typename Keep = KeepNothing>
+void scan_real_states(const StatesOfTile& s, int64_t n, const Keep& keep = {}) {
   Vec h[kN];
   for (int i = 0; i < kN; ++i) h[i] = load(s.state + (n + i) * kLanes);
   for (int64_t t = 0; t < s.steps; ++t) {
@@ -51,15 +58,16 @@ void scan_real_states(const StatesOfTile& s, int64_t n) {
       const Vec decay = exp2(dt * load(s.A + (n + i) * kLanes));
       h[i] = decay * h[i] + x * coefficient<kConstantB, 1>(s.B, s, t, n + i, 0);
       sum += h[i] * coefficient<kConstantC, 1>(s.C, s, t, n + i, 0);
+      keep(t, i, decay, h[i]);
     }
     store(s.y + t * kLanes, sum);
   }
   for (int i = 0; i < kN; ++i) store(s.state + (n + i) * kLanes, h[i]);
 }
 
-// The same for complex states: y += 2 Re(C h).
-template <int kN, bool kConstantB, bool kConstantC>
-void scan_complex_states(const StatesOfTile& s, int64_t n) {
+// The same for complex states: y += 2 Re(C h), and keep is given real and imaginary parts.
+template <int kN, bool kConstantB, bool kConstantC, typename Keep = KeepNothing>
+void scan_complex_states(const StatesOfTile& s, int64_t n, const Keep& keep = {}) {
   Vec re[kN], im[kN];
   for (int i = 0; i < kN; ++i) {
     re[i] = load(s.state + (n + i) * kLanes);
@@ -81,6 +89,7 @@ void scan_complex_states(const StatesOfTile& s, int64_t n) {
       re[i] = next_re;
       sum += re[i] * coefficient<kConstantC, 2>(s.C, s, t, n + i, 0) -
              im[i] * coefficient<kConstantC, 2>(s.C, s, t, n + i, 1);
+      keep(t, i, a_re, a_im, re[i], im[i]);
     }
     store(s.y + t * kLanes, load(s.y + t * kLanes) + 2.0f * sum);
   }

@@ -13,7 +13,7 @@ inline constexpr int kBwdComplexBlockN = 2;
 // One tile's operands over a block of steps. Complex numbers are stored as in StatesOfTile: side by
 // side in dB or dC where B or C varies, and parts `part` values apart elsewhere.
 struct BlockOfTile {
-  StatesOfTile fwd;    // its state, that before the block, stays as it is
+  StatesOfTile fwd;    // its state, that before the block, is advanced
   const float* dy;     // (steps, kLanes)
   float *dstate, *dA;  // (dstate, kLanes); dA is added to
   float *dB, *dC;      // added to: (dstate, kLanes) where constant, else (steps, dstate, kLanes)
@@ -40,30 +40,17 @@ SSMCORE_INLINE void add(float* to, Vec v) {
   store(to, load(to) + v);
 }
 
-// Advances states [n, n + kN), keeping each step's states and decays.
+// Advances states [n, n + kN) over the block and keeps them: row t of the history, (kN, kLanes), is
+// before step t.
 template <int kN, bool kConstantB, bool kConstantC>
 void record_real_states(const BlockOfTile& block, int64_t n) {
-  const StatesOfTile& s = block.fwd;
-  Vec h[kN];
-  for (int i = 0; i < kN; ++i) {
-    h[i] = load(s.state + (n + i) * kLanes);
-    store(block.history + i * kLanes, h[i]);
-  }
-  for (int64_t t = 0; t < s.steps; ++t) {
-    const Vec dt = load(s.delta + t * kLanes), x = load(s.delta_u + t * kLanes);
-    float* decays = block.decays + t * kN * kLanes;
-    float* after = block.history + (t + 1) * kN * kLanes;
-    Vec sum = load(s.y + t * kLanes);
-#pragma GCC unroll 8
-    for (int i = 0; i < kN; ++i) {
-      const Vec decay = exp2(dt * load(s.A + (n + i) * kLanes));
-      h[i] = decay * h[i] + x * coefficient<kConstantB, 1>(s.B, s, t, n + i, 0);
-      sum += h[i] * coefficient<kConstantC, 1>(s.C, s, t, n + i, 0);
-      store(decays + i * kLanes, decay);
-      store(after + i * kLanes, h[i]);
-    }
-    store(s.y + t * kLanes, sum);
-  }
+  for (int i = 0; i < kN; ++i)
+    store(block.history + i * kLanes, load(block.fwd.state + (n + i) * kLanes));
+  scan_real_states<kN, kConstantB, kConstantC>(
+      block.fwd, n, [&](int64_t t, int i, Vec decay, Vec state) {
+        store(block.decays + (t * kN + i) * kLanes, decay);
+        store(block.history + ((t + 1) * kN + i) * kLanes, state);
+      });
 }
 
 template <int kN, bool kConstantB, bool kConstantC>
@@ -101,42 +88,22 @@ void reverse_real_states(const BlockOfTile& block, int64_t n) {
   }
 }
 
-// The same for complex states. Rows of history and decays are (kN, parts, kLanes).
+// The same for complex states: rows are (kN, parts, kLanes).
 template <int kN, bool kConstantB, bool kConstantC>
 void record_complex_states(const BlockOfTile& block, int64_t n) {
   const StatesOfTile& s = block.fwd;
-  Vec re[kN], im[kN];
-  for (int i = 0; i < kN; ++i) {
-    re[i] = load(s.state + (n + i) * kLanes);
-    im[i] = load(s.state + s.part + (n + i) * kLanes);
-    store(block.history + 2 * i * kLanes, re[i]);
-    store(block.history + (2 * i + 1) * kLanes, im[i]);
-  }
-  for (int64_t t = 0; t < s.steps; ++t) {
-    const Vec dt = load(s.delta + t * kLanes), x = load(s.delta_u + t * kLanes);
-    float* decays = block.decays + t * 2 * kN * kLanes;
-    float* after = block.history + (t + 1) * 2 * kN * kLanes;
-    Vec sum{};
-#pragma GCC unroll 2
-    for (int i = 0; i < kN; ++i) {
-      const float* A = s.A + (n + i) * kLanes;
-      const Vec modulus = exp2(dt * load(A));
-      Vec sine, cosine;
-      sincos_turns(dt * load(A + s.part), &sine, &cosine);
-      const Vec a_re = modulus * cosine, a_im = modulus * sine;
-      const Vec next_re =
-          a_re * re[i] - a_im * im[i] + x * coefficient<kConstantB, 2>(s.B, s, t, n + i, 0);
-      im[i] = a_re * im[i] + a_im * re[i] + x * coefficient<kConstantB, 2>(s.B, s, t, n + i, 1);
-      re[i] = next_re;
-      sum += re[i] * coefficient<kConstantC, 2>(s.C, s, t, n + i, 0) -
-             im[i] * coefficient<kConstantC, 2>(s.C, s, t, n + i, 1);
-      store(decays + 2 * i * kLanes, a_re);
-      store(decays + (2 * i + 1) * kLanes, a_im);
-      store(after + 2 * i * kLanes, re[i]);
-      store(after + (2 * i + 1) * kLanes, im[i]);
-    }
-    store(s.y + t * kLanes, load(s.y + t * kLanes) + 2.0f * sum);
-  }
+  const auto store_pair = [](float* to, int64_t index, Vec re, Vec im) {
+    store(to + 2 * index * kLanes, re);
+    store(to + (2 * index + 1) * kLanes, im);
+  };
+  for (int i = 0; i < kN; ++i)
+    store_pair(block.history, i, load(s.state + (n + i) * kLanes),
+               load(s.state + s.part + (n + i) * kLanes));
+  scan_complex_states<kN, kConstantB, kConstantC>(
+      s, n, [&](int64_t t, int i, Vec a_re, Vec a_im, Vec re, Vec im) {
+        store_pair(block.decays, t * kN + i, a_re, a_im);
+        store_pair(block.history, (t + 1) * kN + i, re, im);
+      });
 }
 
 template <int kN, bool kConstantB, bool kConstantC>
