@@ -1,5 +1,5 @@
 // The convolution with SiLU at the size of one layer of mamba-130m: B 1, L 512, D 1536, W 4,
-// float32; and its update for one token.
+// float32; its gradients; and its update for one token.
 #include "ssmcore/causal_conv1d.h"
 #include "support.h"
 
@@ -22,6 +22,26 @@ void bench_causal_conv1d(benchmark::State& state) {
   measure(state, state.range(1), causal_conv1d_fwd_workspace_size, causal_conv1d_fwd, args);
   state.SetLabel(layout_name(layout));
   state.SetBytesProcessed(state.iterations() * 2 * kBatch * kDim * kSeqlen * sizeof(float));
+}
+
+void bench_causal_conv1d_bwd(benchmark::State& state) {
+  const Layout layout = static_cast<Layout>(state.range(0));
+  const RandomSequence x(layout, -1, 1, kBatch, kDim, kSeqlen),
+      dout(layout, -1, 1, kBatch, kDim, kSeqlen), dx(layout, 0, 0, kBatch, kDim, kSeqlen);
+  const Random weight(-1, 1, {kDim, kWidth}), bias(-1, 1, {kDim}), dweight(0, 0, {kDim, kWidth}),
+      dbias(0, 0, {kDim});
+  CausalConv1dBwdArgs args;
+  args.x = x.view();
+  args.weight = weight.view();
+  args.bias = bias.view();
+  args.activation = Activation::silu;
+  args.dout = dout.view();
+  args.dx.tensor = dx.view();
+  args.dweight.tensor = dweight.view();
+  args.dbias.tensor = dbias.view();
+  measure(state, state.range(1), causal_conv1d_bwd_workspace_size, causal_conv1d_bwd, args);
+  state.SetLabel(layout_name(layout));
+  state.SetBytesProcessed(state.iterations() * 3 * kBatch * kDim * kSeqlen * sizeof(float));
 }
 
 void bench_causal_conv1d_update(benchmark::State& state) {
@@ -50,6 +70,7 @@ void update_cases(benchmark::internal::Benchmark* benchmark) {
 }
 
 BENCHMARK(bench_causal_conv1d)->Apply(cases)->Unit(benchmark::kMicrosecond)->UseRealTime();
+BENCHMARK(bench_causal_conv1d_bwd)->Apply(cases)->Unit(benchmark::kMicrosecond)->UseRealTime();
 BENCHMARK(bench_causal_conv1d_update)
     ->Apply(update_cases)
     ->Unit(benchmark::kMicrosecond)

@@ -2,6 +2,7 @@
 #include "c_api_operator.h"
 #include "ssmcore/c_api.h"
 #include "ssmcore/causal_conv1d.h"
+#include "ssmcore/cross_entropy.h"
 #include "ssmcore/embedding.h"
 #include "ssmcore/linear.h"
 #include "ssmcore/rms_norm.h"
@@ -105,6 +106,25 @@ CausalConv1dFwdArgs lower(const ssmcore_causal_conv1d_fwd_args& c, const TensorR
   return args;
 }
 
+CausalConv1dBwdArgs lower(const ssmcore_causal_conv1d_bwd_args& c, const TensorReader& tensor) {
+  CausalConv1dBwdArgs args;
+  args.x = tensor(c.x, "x");
+  args.weight = tensor(c.weight, "weight");
+  args.bias = tensor(c.bias, "bias");
+  args.activation = to_activation(tensor.op(), c.activation);
+  args.initial_state = tensor(c.initial_state, "initial_state");
+  args.state_indices = tensor(c.state_indices, "state_indices");
+  args.cu_seqlens = tensor(c.cu_seqlens, "cu_seqlens");
+  args.seq_idx = tensor(c.seq_idx, "seq_idx");
+  args.dout = tensor(c.dout, "dout");
+  args.dfinal_state = tensor(c.dfinal_state, "dfinal_state");
+  args.dx = tensor(c.dx, "dx");
+  args.dweight = tensor(c.dweight, "dweight");
+  args.dbias = tensor(c.dbias, "dbias");
+  args.dinitial_state = tensor(c.dinitial_state, "dinitial_state");
+  return args;
+}
+
 CausalConv1dUpdateArgs lower(const ssmcore_causal_conv1d_update_args& c,
                              const TensorReader& tensor) {
   CausalConv1dUpdateArgs args;
@@ -133,12 +153,41 @@ RmsNormFwdArgs lower(const ssmcore_rms_norm_fwd_args& c, const TensorReader& ten
   return args;
 }
 
+RmsNormBwdArgs lower(const ssmcore_rms_norm_bwd_args& c, const TensorReader& tensor) {
+  RmsNormBwdArgs args;
+  args.x = tensor(c.x, "x");
+  args.weight = tensor(c.weight, "weight");
+  args.residual = tensor(c.residual, "residual");
+  args.z = tensor(c.z, "z");
+  args.group_size = c.group_size;
+  args.norm_before_gate = c.norm_before_gate != 0;
+  if (c.eps != 0) args.eps = c.eps;
+  args.dout = tensor(c.dout, "dout");
+  args.dresidual_out = tensor(c.dresidual_out, "dresidual_out");
+  args.dx = tensor(c.dx, "dx");
+  args.dresidual = tensor(c.dresidual, "dresidual");
+  args.dz = tensor(c.dz, "dz");
+  args.dweight = tensor(c.dweight, "dweight");
+  return args;
+}
+
 LinearArgs lower(const ssmcore_linear_args& c, const TensorReader& tensor) {
   LinearArgs args;
   args.x = tensor(c.x, "x");
   args.weight = tensor(c.weight, "weight");
   args.bias = tensor(c.bias, "bias");
   args.out = tensor(c.out, "out");
+  return args;
+}
+
+LinearBwdArgs lower(const ssmcore_linear_bwd_args& c, const TensorReader& tensor) {
+  LinearBwdArgs args;
+  args.x = tensor(c.x, "x");
+  args.weight = tensor(c.weight, "weight");
+  args.dout = tensor(c.dout, "dout");
+  args.dx = tensor(c.dx, "dx");
+  args.dweight = tensor(c.dweight, "dweight");
+  args.dbias = tensor(c.dbias, "dbias");
   return args;
 }
 
@@ -152,6 +201,37 @@ EmbeddingArgs lower(const ssmcore_embedding_args& c, const TensorReader& tensor)
 
 size_t embedding_workspace_size(const EmbeddingArgs&, const Context&) {
   return 0;
+}
+
+EmbeddingBwdArgs lower(const ssmcore_embedding_bwd_args& c, const TensorReader& tensor) {
+  EmbeddingBwdArgs args;
+  args.token_ids = tensor(c.token_ids, "token_ids");
+  args.dout = tensor(c.dout, "dout");
+  args.dweight = tensor(c.dweight, "dweight");
+  return args;
+}
+
+CrossEntropyFwdArgs lower(const ssmcore_cross_entropy_fwd_args& c, const TensorReader& tensor) {
+  CrossEntropyFwdArgs args;
+  args.logits = tensor(c.logits, "logits");
+  args.targets = tensor(c.targets, "targets");
+  if (c.ignore_index != 0) args.ignore_index = c.ignore_index;
+  args.loss = tensor(c.loss, "loss");
+  args.mean_loss = tensor(c.mean_loss, "mean_loss");
+  args.lse = tensor(c.lse, "lse");
+  return args;
+}
+
+CrossEntropyBwdArgs lower(const ssmcore_cross_entropy_bwd_args& c, const TensorReader& tensor) {
+  CrossEntropyBwdArgs args;
+  args.logits = tensor(c.logits, "logits");
+  args.targets = tensor(c.targets, "targets");
+  if (c.ignore_index != 0) args.ignore_index = c.ignore_index;
+  args.lse = tensor(c.lse, "lse");
+  args.dloss = tensor(c.dloss, "dloss");
+  args.dmean_loss = tensor(c.dmean_loss, "dmean_loss");
+  args.dlogits = tensor(c.dlogits, "dlogits");
+  return args;
 }
 
 SampleArgs lower(const ssmcore_sample_args& c, const TensorReader& tensor) {
@@ -179,8 +259,14 @@ SSMCORE_DEFINE_OPERATOR(selective_scan_fwd, "selective_scan")
 SSMCORE_DEFINE_OPERATOR(selective_scan_bwd, "selective_scan_bwd")
 SSMCORE_DEFINE_OPERATOR(selective_state_update, "selective_state_update")
 SSMCORE_DEFINE_OPERATOR(causal_conv1d_fwd, "causal_conv1d")
+SSMCORE_DEFINE_OPERATOR(causal_conv1d_bwd, "causal_conv1d_bwd")
 SSMCORE_DEFINE_OPERATOR(causal_conv1d_update, "causal_conv1d_update")
 SSMCORE_DEFINE_OPERATOR(rms_norm_fwd, "rms_norm")
+SSMCORE_DEFINE_OPERATOR(rms_norm_bwd, "rms_norm_bwd")
 SSMCORE_DEFINE_OPERATOR(linear, "linear")
+SSMCORE_DEFINE_OPERATOR(linear_bwd, "linear_bwd")
 SSMCORE_DEFINE_OPERATOR(embedding, "embedding")
+SSMCORE_DEFINE_OPERATOR(embedding_bwd, "embedding_bwd")
+SSMCORE_DEFINE_OPERATOR(cross_entropy_fwd, "cross_entropy")
+SSMCORE_DEFINE_OPERATOR(cross_entropy_bwd, "cross_entropy_bwd")
 SSMCORE_DEFINE_OPERATOR(sample, "sample")

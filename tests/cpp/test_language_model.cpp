@@ -214,3 +214,45 @@ TEST_CASE("LanguageModel: loading names what is missing, misshapen or of no use"
               [&] { LanguageModel(whole, context, LoadOptions{DType::int64}); });
   check_error(kInvalid, "num_slots is 0", [] { fixture().model.new_state(0); });
 }
+
+TEST_CASE("LanguageModel: a step down the gradients lowers the loss") {
+  const Context& context = fixture().context;
+  LoadOptions options;
+  options.trainable = true;
+  LanguageModel model(open_checkpoint(SSMCORE_TEST_MODEL_DIR), context, options);
+  std::vector<int64_t> ids(kPrompt.begin(), kPrompt.end());
+  const int64_t seqlen = static_cast<int64_t>(ids.size()) - 1;
+  float loss = 0;
+  LanguageModelTrainArgs args;
+  args.token_ids = TensorView(ids.data(), DType::int64, {1, seqlen});
+  args.targets = TensorView(ids.data() + 1, DType::int64, {1, seqlen});
+  args.loss = TensorView(&loss, DType::float32, {1});
+  std::vector<std::vector<float>> memory;
+  for (const auto& [name, parameter] : model.parameters()) {
+    memory.emplace_back(parameter.numel());
+    args.gradients[name].tensor = parameter;
+    args.gradients[name].tensor.data = memory.back().data();
+  }
+  const size_t needed = model.loss_and_gradients_workspace_size(args, context);
+  const Buffer workspace(context.allocator(), needed, "a test");
+  const auto step = [&](size_t bytes) {
+    model.loss_and_gradients(args, {context, nullptr, workspace.data(), bytes});
+    return loss;
+  };
+  const float before = step(needed);
+  for (const auto& [name, gradient] : args.gradients)
+    for (int64_t i = 0; i < gradient.tensor.numel(); ++i)
+      model.parameters().at(name).as<float>()[i] -= 0.02f * gradient.tensor.as<float>()[i];
+  model.refresh();
+  CHECK(step(needed) < 0.8f * before);
+
+  // Computed again, layers need less memory, and give the same.
+  const float kept = step(needed);
+  args.recompute_layers = true;
+  const size_t less = model.loss_and_gradients_workspace_size(args, context);
+  CHECK(less < needed / 2);
+  CHECK(step(less) == kept);
+  check_error(kInvalid, "workspace", [&] { step(less - 1); });
+  args.gradients["no.such"];
+  check_error(kInvalid, "no.such", [&] { step(less); });
+}

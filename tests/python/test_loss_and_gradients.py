@@ -67,7 +67,7 @@ VARIATIONS = [
 def test_gradients_are_those_of_transformers(tmp_path, make, changes, recompute_layers):
     model = make(**changes)
     loaded = saved_and_loaded(tmp_path, model)
-    ids, targets = shifted(random_ids(model, 3, 30).numpy())
+    ids, targets = shifted(random_ids(model, 2, 20).numpy())
     targets[0, 3:7] = IGNORED
     actual = loaded.loss_and_gradients(ids, targets, recompute_layers=recompute_layers)
     assert_same(actual, autograd(model, ids, targets), tolerance=1e-4)

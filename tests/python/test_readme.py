@@ -86,7 +86,8 @@ def test_commands_with_states(
 
 def test_every_operator_is_listed():
     for name in ops.__all__:
-        assert f"`{name}`" in README
+        if not isinstance(getattr(ops, name), type):  # what some of them return
+            assert f"`{name}`" in README
 
 
 def test_golden_text_of_the_cpp_tests_is_that_of_the_others():

@@ -310,7 +310,36 @@ SSMCORE_C_API ssmcore_status ssmcore_causal_conv1d_fwd(const ssmcore_context* co
                                                        void* workspace, size_t workspace_bytes,
                                                        void* stream);
 
-/* The same for the next few tokens of a running sequence. */
+/* Its backward: the gradients of a scalar, given those with respect to out and final_state. CPU
+ * only, so far. */
+typedef struct ssmcore_causal_conv1d_bwd_args {
+  size_t struct_size;
+  /* As the forward had them. */
+  const ssmcore_tensor* x;
+  const ssmcore_tensor* weight;
+  const ssmcore_tensor* bias;
+  int32_t activation;
+  const ssmcore_tensor* initial_state; /* as it was before the forward */
+  const ssmcore_tensor* state_indices; /* of initial_state, dfinal_state and dinitial_state */
+  const ssmcore_tensor* cu_seqlens;
+  const ssmcore_tensor* seq_idx;
+  const ssmcore_tensor* dout;         /* (batch, dim, seqlen), x's dtype */
+  const ssmcore_tensor* dfinal_state; /* optional (slots, dim, state_len), x's dtype */
+  /* Each has the shape of its input, and its dtype or float32. */
+  ssmcore_gradient dx;
+  ssmcore_gradient dweight;
+  ssmcore_gradient dbias;
+  ssmcore_gradient dinitial_state; /* slots that state_indices does not name stay as they are */
+} ssmcore_causal_conv1d_bwd_args;
+
+SSMCORE_C_API ssmcore_status ssmcore_causal_conv1d_bwd_workspace_size(
+    const ssmcore_context* context, const ssmcore_causal_conv1d_bwd_args* args, size_t* bytes);
+SSMCORE_C_API ssmcore_status ssmcore_causal_conv1d_bwd(const ssmcore_context* context,
+                                                       const ssmcore_causal_conv1d_bwd_args* args,
+                                                       void* workspace, size_t workspace_bytes,
+                                                       void* stream);
+
+/* causal_conv1d_fwd for the next few tokens of a running sequence. */
 typedef struct ssmcore_causal_conv1d_update_args {
   size_t struct_size;
   const ssmcore_tensor* x;          /* (batch, dim) or (batch, dim, tokens) */
@@ -354,6 +383,34 @@ SSMCORE_C_API ssmcore_status ssmcore_rms_norm_fwd(const ssmcore_context* context
                                                   void* workspace, size_t workspace_bytes,
                                                   void* stream);
 
+/* Its backward: the gradients of a scalar, given those with respect to out and residual_out.
+ * Instead of x and residual, x may be the r that the forward left in residual_out. CPU only, so
+ * far. */
+typedef struct ssmcore_rms_norm_bwd_args {
+  size_t struct_size;
+  /* As the forward had them. */
+  const ssmcore_tensor* x;
+  const ssmcore_tensor* weight;
+  const ssmcore_tensor* residual;
+  const ssmcore_tensor* z;
+  int64_t group_size;
+  int32_t norm_before_gate;
+  float eps;
+  const ssmcore_tensor* dout;          /* (rows, dim), any activation type, as all that follow */
+  const ssmcore_tensor* dresidual_out; /* optional (rows, dim) */
+  ssmcore_gradient dx;        /* (rows, dim), of r and so of x; may be dout or dresidual_out */
+  ssmcore_gradient dresidual; /* the same, in a dtype of its own; may be dresidual_out */
+  ssmcore_gradient dz;        /* (rows, dim) */
+  ssmcore_gradient dweight;   /* (dim) */
+} ssmcore_rms_norm_bwd_args;
+
+SSMCORE_C_API ssmcore_status ssmcore_rms_norm_bwd_workspace_size(
+    const ssmcore_context* context, const ssmcore_rms_norm_bwd_args* args, size_t* bytes);
+SSMCORE_C_API ssmcore_status ssmcore_rms_norm_bwd(const ssmcore_context* context,
+                                                  const ssmcore_rms_norm_bwd_args* args,
+                                                  void* workspace, size_t workspace_bytes,
+                                                  void* stream);
+
 /* out = x weightᵀ + bias, accumulated in float32. */
 typedef struct ssmcore_linear_args {
   size_t struct_size;
@@ -371,6 +428,26 @@ SSMCORE_C_API ssmcore_status ssmcore_linear(const ssmcore_context* context,
                                             const ssmcore_linear_args* args, void* workspace,
                                             size_t workspace_bytes, void* stream);
 
+/* dx = dout weight, dweight = doutᵀ x, dbias = Σ dout over the rows, accumulated in float32. CPU
+ * only, so far. */
+typedef struct ssmcore_linear_bwd_args {
+  size_t struct_size;
+  const ssmcore_tensor* x;      /* (rows, in_features); only needed for dweight */
+  const ssmcore_tensor* weight; /* (out_features, in_features); only needed for dx */
+  const ssmcore_tensor* dout;   /* (rows, out_features), any activation type, as all that follow */
+  ssmcore_gradient dx;          /* (rows, in_features) */
+  ssmcore_gradient dweight;     /* (out_features, in_features) */
+  ssmcore_gradient dbias;       /* (out_features) */
+} ssmcore_linear_bwd_args;
+
+SSMCORE_C_API ssmcore_status ssmcore_linear_bwd_workspace_size(const ssmcore_context* context,
+                                                               const ssmcore_linear_bwd_args* args,
+                                                               size_t* bytes);
+SSMCORE_C_API ssmcore_status ssmcore_linear_bwd(const ssmcore_context* context,
+                                                const ssmcore_linear_bwd_args* args,
+                                                void* workspace, size_t workspace_bytes,
+                                                void* stream);
+
 /* out[i] = weight[token_ids[i]] */
 typedef struct ssmcore_embedding_args {
   size_t struct_size;
@@ -385,6 +462,60 @@ SSMCORE_C_API ssmcore_status ssmcore_embedding_workspace_size(const ssmcore_cont
 SSMCORE_C_API ssmcore_status ssmcore_embedding(const ssmcore_context* context,
                                                const ssmcore_embedding_args* args, void* workspace,
                                                size_t workspace_bytes, void* stream);
+
+/* dweight[id] = Σ dout over the rows with that id, accumulated in float32. CPU only, so far. */
+typedef struct ssmcore_embedding_bwd_args {
+  size_t struct_size;
+  const ssmcore_tensor* token_ids; /* (rows), int32 or int64 */
+  const ssmcore_tensor* dout;      /* (rows, d_model): float32, bfloat16 or float16 */
+  ssmcore_gradient dweight;        /* (vocab_size, d_model): float32, bfloat16 or float16 */
+} ssmcore_embedding_bwd_args;
+
+SSMCORE_C_API ssmcore_status ssmcore_embedding_bwd_workspace_size(
+    const ssmcore_context* context, const ssmcore_embedding_bwd_args* args, size_t* bytes);
+SSMCORE_C_API ssmcore_status ssmcore_embedding_bwd(const ssmcore_context* context,
+                                                   const ssmcore_embedding_bwd_args* args,
+                                                   void* workspace, size_t workspace_bytes,
+                                                   void* stream);
+
+/* loss[i] = lse[i] - logits[i, targets[i]] with lse[i] = log Σ_v exp(logits[i, v]); 0 where
+ * targets[i] is ignore_index. CPU only, so far. */
+typedef struct ssmcore_cross_entropy_fwd_args {
+  size_t struct_size;
+  const ssmcore_tensor* logits;    /* (rows, vocab_size): float32, bfloat16 or float16 */
+  const ssmcore_tensor* targets;   /* (rows), int32 or int64 */
+  int64_t ignore_index;            /* not 0, which stands for -100 */
+  const ssmcore_tensor* loss;      /* optional (rows), float32, written */
+  const ssmcore_tensor* mean_loss; /* optional (1), float32, written: over the rows that count */
+  const ssmcore_tensor* lse;       /* optional (rows), float32, written */
+} ssmcore_cross_entropy_fwd_args;
+
+SSMCORE_C_API ssmcore_status ssmcore_cross_entropy_fwd_workspace_size(
+    const ssmcore_context* context, const ssmcore_cross_entropy_fwd_args* args, size_t* bytes);
+SSMCORE_C_API ssmcore_status ssmcore_cross_entropy_fwd(const ssmcore_context* context,
+                                                       const ssmcore_cross_entropy_fwd_args* args,
+                                                       void* workspace, size_t workspace_bytes,
+                                                       void* stream);
+
+/* dlogits[i, v] = dloss[i] (exp(logits[i, v] - lse[i]) - [v = targets[i]]). CPU only, so far. */
+typedef struct ssmcore_cross_entropy_bwd_args {
+  size_t struct_size;
+  /* As the forward had them. */
+  const ssmcore_tensor* logits;
+  const ssmcore_tensor* targets;
+  int64_t ignore_index;
+  const ssmcore_tensor* lse;        /* the forward's */
+  const ssmcore_tensor* dloss;      /* (rows), float32, or */
+  const ssmcore_tensor* dmean_loss; /* (1), float32 */
+  ssmcore_gradient dlogits;         /* (rows, vocab_size), any activation type; may be logits */
+} ssmcore_cross_entropy_bwd_args;
+
+SSMCORE_C_API ssmcore_status ssmcore_cross_entropy_bwd_workspace_size(
+    const ssmcore_context* context, const ssmcore_cross_entropy_bwd_args* args, size_t* bytes);
+SSMCORE_C_API ssmcore_status ssmcore_cross_entropy_bwd(const ssmcore_context* context,
+                                                       const ssmcore_cross_entropy_bwd_args* args,
+                                                       void* workspace, size_t workspace_bytes,
+                                                       void* stream);
 
 /* The next token of each row: repetition penalty, temperature, top-k, top-p, min-p, then one draw,
  * of Philox4x32-10 with key = seed and counter = position. Each setting is a (batch) tensor; a

@@ -41,6 +41,8 @@ def mamba_block(
 ) -> Array:
     """The Mamba block (Gu & Dao, arXiv 2312.00752, figure 3), on a sequence or, with L = 1, a step.
 
+    On the CPU all arrays may also be float64, for checking.
+
     Args:
         x: (B, L, d_model), contiguous.
         weights: by published name: "in_proj.weight" (2D, d_model), "conv1d.weight" (D, 1, W),
