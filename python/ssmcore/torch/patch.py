@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._operands import cast, parameter_dtype
 from .block_step import advance
 from .convolution import causal_conv1d_fn, causal_conv1d_update
 from .inner import mamba_inner_fn
@@ -150,7 +151,7 @@ def _train(mixer: Any, hidden_states: Tensor) -> Tensor:
         mixer.dt_proj.weight,
         mixer.out_proj.weight,
         mixer.out_proj.bias,
-        -torch.exp(mixer.A_log.float()),
+        -torch.exp(cast(mixer.A_log, parameter_dtype(hidden_states))),
         D=mixer.D,
         delta_bias=mixer.dt_proj.bias,
         **norms,
