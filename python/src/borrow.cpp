@@ -131,22 +131,32 @@ py::object dlpack_capsule(py::handle array, void* stream) {
   }
 }
 
+// Whether the library of an array would record a gradient of it.
+bool requires_gradient(py::handle array) {
+  static PyObject* const name = PyUnicode_InternFromString("requires_grad");
+  PyObject* value = PyObject_GetAttr(array.ptr(), name);
+  if (!value) PyErr_Clear();
+  const bool requires = value == Py_True;
+  Py_XDECREF(value);
+  return requires;
+}
+
 // ssmcore records nothing for autograd. Where torch would, that must not go unnoticed; elsewhere a
 // parameter is a tensor like any other.
-py::object without_gradient(py::handle array, const std::string& what) {
-  if (!py::hasattr(array, "requires_grad") || !array.attr("requires_grad").cast<bool>())
-    return py::reinterpret_borrow<py::object>(array);
-  if (py::module_::import("torch").attr("is_grad_enabled")().cast<bool>())
+void check_no_gradient(const std::string& what) {
+  static const py::handle is_grad_enabled =
+      py::object(py::module_::import("torch").attr("is_grad_enabled")).release();
+  if (is_grad_enabled().cast<bool>())
     fail(what,
          "requires a gradient, which ssmcore.ops does not record: call it under "
          "torch.no_grad(), or detach the tensor");
-  return array.attr("detach")();
 }
 
 // The interface that the type of an array has for C, if any.
 const dlpack::ExchangeApi* exchange_api(py::handle array) {
+  static PyObject* const name = PyUnicode_InternFromString("__dlpack_c_exchange_api__");
   const py::handle type = py::type::handle_of(array);
-  if (!py::hasattr(type, "__dlpack_c_exchange_api__")) return nullptr;
+  if (PyObject_HasAttr(type.ptr(), name) == 0) return nullptr;
   const py::object capsule = type.attr("__dlpack_c_exchange_api__");
   if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
   const auto* api = static_cast<const dlpack::ExchangeApi*>(
@@ -185,9 +195,12 @@ std::optional<Borrowed> borrow_directly(py::handle array, const std::string& wha
 
 // The capsule stays unconsumed and is the owner: dropping it lets the producer free its export.
 Borrowed borrow_dlpack(py::handle array, const std::string& what, void* stream) {
+  const bool is_parameter = requires_gradient(array);
+  if (is_parameter) check_no_gradient(what);
+  if (auto direct = borrow_directly(array, what, stream)) return *direct;
   Borrowed borrowed;
-  const py::object tensor = without_gradient(array, what);
-  if (auto direct = borrow_directly(tensor, what, stream)) return *direct;
+  const py::object tensor =
+      is_parameter ? py::object(array.attr("detach")()) : py::reinterpret_borrow<py::object>(array);
   try {
     borrowed.owner = dlpack_capsule(tensor, stream);
   } catch (const py::error_already_set& error) {

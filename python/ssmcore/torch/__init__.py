@@ -3,9 +3,10 @@
     from ssmcore.torch import Mamba, selective_scan_fn
 
 The functions and modules take and give what those of mamba-ssm and causal-conv1d do, on the CPU
-and, forward, on a GPU; they work under torch.compile, torch.export, autocast, activation checkpointing,
-DDP and FSDP. `install_as` puts them in place under the published names, and `patch_transformers`
-makes transformers' Mamba and FalconMamba models use them. Nothing here is compiled against torch.
+and, forward, on a GPU; they work under torch.compile, torch.export, autocast, activation
+checkpointing, DDP and FSDP. `install_as` puts them in place under the published names, and
+`patch_transformers` makes transformers' Mamba and FalconMamba models use them. Nothing here is
+compiled against torch.
 """
 
 from __future__ import annotations

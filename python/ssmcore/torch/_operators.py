@@ -63,5 +63,5 @@ def spread(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | 
 
 def count_as_written(tensor: Tensor) -> None:
     """Lets autograd see that an operator has changed a tensor that a backward pass may need."""
-    if not tensor.is_inference():
+    if not torch.compiler.is_compiling() and not tensor.is_inference():
         torch.autograd.graph.increment_version(tensor)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._operands import cast, parameter_dtype
 from .norm import RMSNorm
 
 
@@ -74,4 +75,6 @@ def add_norm(
         return normed
     residual = hidden_states if residual is None else hidden_states + residual
     hidden_states = norm(residual.to(norm.weight.dtype))
-    return hidden_states, residual.float() if residual_in_fp32 else residual
+    if residual_in_fp32:
+        residual = cast(residual, parameter_dtype(residual))
+    return hidden_states, residual

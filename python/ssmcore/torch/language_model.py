@@ -115,8 +115,8 @@ class MixerModel(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.residual_in_fp32 = residual_in_fp32
         self.fused_add_norm = fused_add_norm
-        self.embedding = nn.Embedding(vocab_size, d_model, **factory)
-        self.layers = nn.ModuleList(
+        self.embedding: Any = nn.Embedding(vocab_size, d_model, **factory)
+        self.layers: Any = nn.ModuleList(
             create_block(
                 d_model,
                 d_intermediate,
@@ -133,7 +133,7 @@ class MixerModel(nn.Module):
             for i in range(n_layer)
         )
         norm_cls: Any = RMSNorm if rms_norm else nn.LayerNorm
-        self.norm_f = norm_cls(d_model, eps=norm_epsilon, **factory)
+        self.norm_f: Any = norm_cls(d_model, eps=norm_epsilon, **factory)
         self.apply(functools.partial(_init_weights, n_layer=n_layer, **(initializer_cfg or {})))
 
     def allocate_inference_cache(
@@ -234,7 +234,7 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         Args:
             pretrained_model_name: a folder with config.json and pytorch_model.bin or
                 model.safetensors (which needs safetensors).
-            device, dtype: of the parameters; default the CPU and as stored.
+            device, dtype: of the parameters, whatever is stored; default those of torch.
             kwargs: more arguments of the model.
 
         Raises:
@@ -250,9 +250,8 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         else:
             known = MambaConfig.__dataclass_fields__
             config = MambaConfig(**{name: raw[name] for name in raw if name in known})
-        embedding = state_dict["backbone.embedding.weight"]
-        state_dict.setdefault("lm_head.weight", embedding)
-        model = cls(config, device=device, dtype=dtype or embedding.dtype, **kwargs)
+        state_dict.setdefault("lm_head.weight", state_dict["backbone.embedding.weight"])
+        model = cls(config, device=device, dtype=dtype, **kwargs)
         model.load_state_dict(state_dict)
         return model
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._operands import cast, parameter_dtype
 from .block_step import advance
 from .inner import mamba_inner_fn
 
@@ -129,7 +130,7 @@ class Mamba(nn.Module):
             self.dt_proj.weight,
             self.out_proj.weight,
             self.out_proj.bias,
-            -torch.exp(self.A_log.float()),
+            -torch.exp(cast(self.A_log, parameter_dtype(hidden_states))),
             D=self.D,
             delta_bias=self.dt_proj.bias,
             cu_seqlens=cu_seqlens,

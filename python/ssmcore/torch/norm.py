@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ._operands import check_tensors, zeros_like
+from ._operands import cast, check_tensors, parameter_dtype, zeros_like
 from ._operators import differentiable, fake, operator, spread
 
 
@@ -60,7 +60,7 @@ def rms_norm_fn(
     if not prenorm:
         return out
     if residual is None:
-        r = x.float() if residual_in_fp32 else x
+        r = cast(x, parameter_dtype(x)) if residual_in_fp32 else x
     return out, r
 
 

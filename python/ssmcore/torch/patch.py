@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._operands import cast, parameter_dtype
 from .block_step import advance
 from .convolution import causal_conv1d_fn, causal_conv1d_update
 from .inner import mamba_inner_fn
@@ -75,10 +76,14 @@ def _without(function: Callable[..., Any], *unknown: str) -> Callable[..., Any]:
     return wrapped
 
 
+def _no_inner_fn(*args: Any, **kwargs: Any) -> None:
+    """Leaves it to the mixer to call its layers, and to mask what they give."""
+
+
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_fn": causal_conv1d_fn,
     "causal_conv1d_update": causal_conv1d_update,
-    "mamba_inner_fn": mamba_inner_fn,
+    "mamba_inner_fn": _no_inner_fn,
     "mamba_selective_scan": _without(selective_scan_fn, "use_mambapy", "use_associative_scan"),
     "mamba_selective_state_update": selective_state_update,
 }
@@ -150,7 +155,7 @@ def _train(mixer: Any, hidden_states: Tensor) -> Tensor:
         mixer.dt_proj.weight,
         mixer.out_proj.weight,
         mixer.out_proj.bias,
-        -torch.exp(mixer.A_log.float()),
+        -torch.exp(cast(mixer.A_log, parameter_dtype(hidden_states))),
         D=mixer.D,
         delta_bias=mixer.dt_proj.bias,
         **norms,

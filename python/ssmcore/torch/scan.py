@@ -107,14 +107,22 @@ _INPUTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 def _selective_scan(*arguments: Any) -> tuple[Tensor, ...]:
     """No chunk states are kept if chunk_size is 0."""
     *tensors, initial_state, cu_seqlens, delta_softplus, chunk_size = arguments
+    u, delta, A, B, C, D, z, delta_bias = tensors
     results: tuple[Tensor, ...] = ops.selective_scan(
-        *tensors,
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D,
+        z,
+        delta_bias,
         delta_softplus,
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
         chunk_size=chunk_size or None,
     )
-    return results if chunk_size else (*results, tensors[0].new_empty(0))
+    return results if chunk_size else (*results, u.new_empty(0))
 
 
 @fake("selective_scan")
@@ -161,9 +169,17 @@ def _backward(
 )
 def _selective_scan_bwd(dout: Tensor, dlast_state: Tensor | None, *arguments: Any) -> list[Tensor]:
     *tensors, initial_state, cu_seqlens, delta_softplus, chunk_size, chunk_states, needs = arguments
+    u, delta, A, B, C, D, z, delta_bias = tensors
     gradients = ops.selective_scan_bwd(
         dout,
-        *tensors,
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D,
+        z,
+        delta_bias,
         delta_softplus,
         dlast_state=dlast_state,
         initial_state=initial_state,
