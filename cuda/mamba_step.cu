@@ -15,7 +15,7 @@ namespace ssmcore::cuda {
 namespace {
 
 constexpr const char* kOp = "mamba_step";
-constexpr int64_t kMaxRows = 64;
+constexpr int64_t kMaxRows = 32;
 
 // Rows that plain arithmetic is faster for, or has to do.
 int64_t few_rows(DType dtype) {

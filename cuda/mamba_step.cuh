@@ -34,6 +34,7 @@ struct Convolution {
   T history[kWidth - 1] = {};
   float weight[kWidth], bias;
 
+  __device__ Convolution() {}
   __device__ Convolution(const MambaStepParams& p, int row, int d) {
     const int64_t slot = slot_of(p, row);
     if (slot >= 0) {

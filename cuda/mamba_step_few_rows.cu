@@ -103,7 +103,6 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes)
   let_next_launch_begin();
   const auto weight = stream_of<T>(p.in_proj, 2 * p.dim, p.d_model, split, rings);
   weight.start();
-  weight.prefetch_rest();
   const int dim = static_cast<int>(p.dim);
   const Output output(static_cast<int>(p.rows), kRows, 2 * p.dim, split);
   const bool is_x = output.exists && output.column < dim;
@@ -163,7 +162,6 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes)
   let_next_launch_begin();
   const auto weight = stream_of<T>(p.out_proj, p.d_model, p.dim, split, rings);
   weight.start();
-  weight.prefetch_rest();
   wait_for_launch_before();
   const T* xs[kRows];
 #pragma unroll

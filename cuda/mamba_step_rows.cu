@@ -1,4 +1,4 @@
-// One token of 5 to 64 rows through a whole Mamba layer, in 16-bit types: the tensor cores multiply
+// One token of 3 to 32 rows through a whole Mamba layer, in 16-bit types: the tensor cores multiply
 // tiles of 16 outputs with all rows while the weights stream past. Where tiles are few, the warps
 // of a block, and then a cluster of blocks, split the inputs between them and add up their parts in
 // a fixed order.
@@ -75,30 +75,33 @@ class Product {
     }
   }
 
-  // Has the first steps on their way, and the rest on the way to the second-level cache.
+  // Has the first steps on their way.
   __device__ void start() const {
 #pragma unroll
     for (int stage = 0; stage < kStages; ++stage) fetch(begin_ + stage * stride_, stage);
-#if __CUDA_ARCH__ >= 900
-    const int64_t k = int64_t{kStages} * stride_ * kStep;
-    const bool exists = quad() == 0 ? exists_[0] : exists_[1];  // two of the lanes for two rows
-    if (begin_ > 0 || quad() > 1 || k >= inputs_ || !exists) return;
-    const T* from = (quad() == 0 ? weight_[0] : weight_[1]) - 8 * quad() + k;
-    const uint32_t bytes = static_cast<uint32_t>((inputs_ - k) * sizeof(T));
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-#endif
   }
 
-  // Multiplies with x (rows, inputs), without gaps, and calls finish(row, output, total) for the
-  // outputs of this block, or of this block's share of the rows of its cluster: neighbouring
-  // threads have neighbouring outputs, 16 of one row, also of rows and outputs that do not exist.
-  template <typename Finish>
-  __device__ void run(const T* x, int rows, const Finish& finish) {
+  // Multiplies with x (rows, inputs), without gaps, and calls finish(row, output, total,
+  // prepare(row, output)) for the outputs of this block, or of this block's share of the rows of
+  // its cluster: neighbouring threads have neighbouring outputs, 16 of one row, also of rows and
+  // outputs that do not exist. What prepare() loads is on its way for several outputs at a time.
+  template <typename Prepare, typename Finish>
+  __device__ void run(const T* x, int rows, const Prepare& prepare, const Finish& finish) {
     float sum[kRows / 8][4] = {};
-    const T* xs[kRows / 8];  // absent rows repeat the last
+    int first_of_row[kRows / 8];  // absent rows repeat the last
 #pragma unroll
     for (int n = 0; n < kRows / 8; ++n)
-      xs[n] = x + min(8 * n + group(), rows - 1) * inputs_ + 8 * quad();
+      first_of_row[n] = min(8 * n + group(), rows - 1) * static_cast<int>(inputs_) + 8 * quad();
+    Piece inputs[2]
+                [kRows / 8];  // of the halves of a step, each loaded while the other is multiplied
+    const auto load = [&](int step, int half) {
+      if (step >= steps_) return;
+#pragma unroll
+      for (int n = 0; n < kRows / 8; ++n)
+        inputs[half][n] =
+            *reinterpret_cast<const Piece*>(x + first_of_row[n] + step * kStep + 32 * half);
+    };
+    load(begin_, 0);
     int stage = 0;
     for (int step = begin_; step < steps_; step += stride_) {
       wait_for_copies<kStages - 1>();
@@ -107,23 +110,20 @@ class Product {
       for (int i = 0; i < kPieces; ++i) w[i] = *at(stage, i);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
+        load(half == 0 ? step : step + stride_, 1 - half);
         const Piece &low = w[2 * half], &high = w[2 * half + 1];  // rows g and g + 8
-        Piece inputs[kRows / 8];
-#pragma unroll
-        for (int n = 0; n < kRows / 8; ++n)
-          inputs[n] = *reinterpret_cast<const Piece*>(xs[n] + step * kStep + 32 * half);
 #pragma unroll
         for (int n = 0; n < kRows / 8; ++n)
 #pragma unroll
           for (int i = 0; i < 4; i += 2)
             multiply(sum[n], low.value[i], high.value[i], low.value[i + 1], high.value[i + 1],
-                     inputs[n].value[i], inputs[n].value[i + 1], T{});
+                     inputs[half][n].value[i], inputs[half][n].value[i + 1], T{});
       }
       fetch(step + kStages * stride_, stage);
       stage = (stage + 1) % kStages;
     }
     share(sum);
-    finish_all(finish);
+    finish_all(prepare, finish);
   }
 
  private:
@@ -166,31 +166,46 @@ class Product {
     return total;
   }
 
-  template <typename Finish>
-  __device__ void finish_all(const Finish& finish) const {
+  template <typename Prepare, typename Finish>
+  __device__ void finish_all(const Prepare& prepare, const Finish& finish) const {
     const int o = threadIdx.x % kTile, outputs = split_.tiles * kTile;
     if (split_.cluster == 1) {
-      for (int i = threadIdx.x; i < kRows * outputs; i += kThreads) {
-        const int row = i / outputs, tile = i % outputs / kTile;
-        finish(row, first_output_ + i % outputs, total(row, tile, o));
+      constexpr int kAtOnce = kRows >= 32 ? 8 : kRows / 4;
+      const int count = kRows * outputs;
+      for (int first = threadIdx.x; first < count; first += kAtOnce * kThreads) {
+        decltype(prepare(0, int64_t{})) prepared[kAtOnce];
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+          const int i = first + k * kThreads;
+          if (i < count) prepared[k] = prepare(i / outputs, first_output_ + i % outputs);
+        }
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+          const int i = first + k * kThreads, row = i / outputs;
+          if (i < count)
+            finish(row, first_output_ + i % outputs, total(row, i % outputs / kTile, o),
+                   prepared[k]);
+        }
       }
       return;
     }
     // One tile: each block has its total first, then some of the rows of the cluster's.
+    constexpr int kRowsAtOnce = kThreads / kTile;
     __shared__ float totals[kRows][kTile];
-    for (int row = threadIdx.x / kTile; row < kRows; row += kThreads / kTile)
+    for (int row = threadIdx.x / kTile; row < kRows; row += kRowsAtOnce)
       totals[row][o] = total(row, 0, o);
     const cg::cluster_group cluster = cg::this_cluster();
+    const int64_t output = first_output_ + o;
     cluster.sync();
-    const int apart = kThreads / kTile * split_.cluster;
-    for (int first = 0; first < kRows; first += apart) {
+    for (int first = 0; first < kRows; first += kRowsAtOnce * split_.cluster) {
       const int row =
-          first + static_cast<int>(cluster.block_rank()) * (kThreads / kTile) + threadIdx.x / kTile;
+          first + static_cast<int>(cluster.block_rank()) * kRowsAtOnce + threadIdx.x / kTile;
+      const auto prepared = prepare(row, output);
       float sum = 0;
       if (row < kRows)
         for (int rank = 0; rank < split_.cluster; ++rank)
           sum += *cluster.map_shared_rank(&totals[row][o], rank);
-      finish(row, first_output_ + o, sum);
+      finish(row, output, sum, prepared);
     }
     cluster.sync();  // before anybody's totals go
   }
@@ -239,8 +254,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int rows = static_cast<int>(p.rows), tiles = static_cast<int>(p.d_model) / kTile;
   const int of_row = threadIdx.x % kRows;
   float sum = 0;
+#pragma unroll 8
   for (int i = threadIdx.x / kRows; i < tiles; i += kThreads / kRows)
-    if (of_row < rows) sum += p.squares[i * rows + of_row];
+    sum += p.squares[i * rows + min(of_row, rows - 1)];
   sums[threadIdx.x / kRows][of_row] = sum;
   __syncthreads();
   if (threadIdx.x < kRows) {
@@ -249,18 +265,21 @@ __global__ void __launch_bounds__(kThreads, 2)
     scales[of_row] = 1.0f / sqrtf(total / static_cast<float>(p.d_model) + p.eps);
   }
 
-  product.run(static_cast<const T*>(p.x), rows, [&](int row, int64_t output, float total) {
+  const auto prepare = [&](int row, int64_t output) {
+    return row < rows && output < p.dim ? Convolution<T>(p, row, static_cast<int>(output))
+                                        : Convolution<T>();
+  };
+  const auto finish = [&](int row, int64_t output, float total, const Convolution<T>& convolution) {
     if (row >= rows || output >= 2 * p.dim) return;
     total *= scales[row];
     if (p.in_proj_bias) total += p.in_proj_bias[output];
     const T value = from_float<T>(total);
-    if (output >= p.dim) {
+    if (output < p.dim)
+      static_cast<T*>(p.u)[row * p.dim + output] = from_float<T>(convolution.next(p, value));
+    else
       static_cast<T*>(p.z)[row * p.dim + output - p.dim] = value;
-      return;
-    }
-    const Convolution<T> convolution(p, row, static_cast<int>(output));
-    static_cast<T*>(p.u)[row * p.dim + output] = from_float<T>(convolution.next(p, value));
-  });
+  };
+  product.run(static_cast<const T*>(p.x), rows, prepare, finish);
 }
 
 template <typename T, int kRows>
@@ -272,11 +291,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   Product<T, kRows> product(p.x_proj, outputs, p.dim, split, rings);
   product.start();
   wait_for_launch_before();
-  product.run(static_cast<const T*>(p.u), static_cast<int>(p.rows),
-              [&](int row, int64_t output, float total) {
-                if (row < p.rows && output < outputs)
-                  p.delta_B_C[row * outputs + output] = rounded<T>(total);
-              });
+  const auto finish = [&](int row, int64_t output, float total, int) {
+    if (row < p.rows && output < outputs) p.delta_B_C[row * outputs + output] = rounded<T>(total);
+  };
+  product.run(
+      static_cast<const T*>(p.u), static_cast<int>(p.rows), [](int, int64_t) { return 0; }, finish);
 }
 
 template <typename T, int kRows>
@@ -287,24 +306,25 @@ __global__ void __launch_bounds__(kThreads, 2)
   Product<T, kRows> product(p.out_proj, p.d_model, p.dim, split, rings);
   product.start();
   wait_for_launch_before();
-  product.run(static_cast<const T*>(p.y), static_cast<int>(p.rows),
-              [&](int row, int64_t output, float total) {
-                const bool exists = row < p.rows && output < p.d_model;
-                float residual = 0;
-                if (exists) {
-                  if (p.out_proj_bias) total += p.out_proj_bias[output];
-                  const int64_t at = row * p.d_model + output;
-                  residual = p.residual[at] + rounded<T>(total);
-                  p.residual[at] = residual;
-                  if (p.next_norm)
-                    static_cast<T*>(p.x)[at] = from_float<T>(residual * p.next_norm[output]);
-                }
-                float squares = residual * residual;  // of the tile
-                for (int offset = kTile / 2; offset > 0; offset /= 2)
-                  squares += __shfl_xor_sync(~0u, squares, offset);
-                if (exists && output % kTile == 0)
-                  p.squares[output / kTile * p.rows + row] = squares;
-              });
+  const auto exists = [&](int row, int64_t output) { return row < p.rows && output < p.d_model; };
+  const auto prepare = [&](int row, int64_t output) {
+    return exists(row, output) ? p.residual[row * p.d_model + output] : 0.0f;
+  };
+  const auto finish = [&](int row, int64_t output, float total, float residual) {
+    if (exists(row, output)) {
+      if (p.out_proj_bias) total += p.out_proj_bias[output];
+      const int64_t at = row * p.d_model + output;
+      residual += rounded<T>(total);
+      p.residual[at] = residual;
+      if (p.next_norm) static_cast<T*>(p.x)[at] = from_float<T>(residual * p.next_norm[output]);
+    }
+    float squares = residual * residual;  // of the tile
+    for (int offset = kTile / 2; offset > 0; offset /= 2)
+      squares += __shfl_xor_sync(~0u, squares, offset);
+    if (exists(row, output) && output % kTile == 0)
+      p.squares[output / kTile * p.rows + row] = squares;
+  };
+  product.run(static_cast<const T*>(p.y), static_cast<int>(p.rows), prepare, finish);
 }
 
 // Blocks enough for the chip: as many tiles a block as leaves that, up to `most`; for few tiles a
@@ -351,10 +371,8 @@ void launch_with_rows(const MambaStepParams& p, const Exec& exec) {
     launch_with<T, 8>(p, exec);
   else if (p.rows <= 16)
     launch_with<T, 16>(p, exec);
-  else if (p.rows <= 32)
-    launch_with<T, 32>(p, exec);
   else
-    launch_with<T, 64>(p, exec);
+    launch_with<T, 32>(p, exec);
 }
 
 }  // namespace

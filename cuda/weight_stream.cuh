@@ -33,7 +33,6 @@ class WeightStream {
                           Piece* rings)
       : weight_(weight),
         first_(first),
-        begin_(begin),
         first_k_((int64_t{begin} * kLanes + threadIdx.x % kLanes) * kSize),
         k_stride_(int64_t{stride} * kLanes * kSize),
         ring_(rings + threadIdx.x / kLanes * kRingSize + threadIdx.x % kLanes) {}
@@ -42,21 +41,6 @@ class WeightStream {
   __device__ void start() const {
 #pragma unroll
     for (int stage = 0; stage < kStages; ++stage) fetch(first_k_ + stage * k_stride_, stage);
-  }
-
-  // Has what start() does not fetch on its way to the second-level cache, so that memory is not
-  // idle while the warp waits for somebody.
-  __device__ void prefetch_rest() const {
-#if __CUDA_ARCH__ >= 900
-    const int lane = threadIdx.x % kLanes;
-    const int64_t k = kStages * k_stride_, output = first_ + lane;
-    if (begin_ > 0 || lane >= kOutputs || output >= weight_.out_features ||
-        k >= weight_.in_features)
-      return;
-    const W* from = static_cast<const W*>(weight_.data) + output * weight_.row_stride + k;
-    const uint32_t bytes = static_cast<uint32_t>((weight_.in_features - k) * sizeof(W));
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-#endif
   }
 
   // After start(): calls use(k, pieces) for each of this lane's steps: the elements of in_features
@@ -89,9 +73,7 @@ class WeightStream {
   }
 
   WeightMatrix weight_;
-  int64_t first_;
-  int begin_;
-  int64_t first_k_, k_stride_;
+  int64_t first_, first_k_, k_stride_;
   Piece* ring_;  // of this lane: (kStages, kOutputs, kLanes)
 };
 
