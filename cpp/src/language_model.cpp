@@ -248,7 +248,7 @@ size_t LanguageModel::chunk_workspace_size(int64_t batch, int64_t length,
       const MixerFwdArgs args{at.normed, at.hidden, states.data(), {}, cu_seqlens};
       largest = std::max(largest, layer.mixer->workspace_size(args, context));
       if (length > 1) continue;
-      const LayerStepArgs step{flat(at.residual), layer.norm, 0, states.data(), {}};
+      const LayerStepArgs step{flat(at.residual), layer.norm, {}, true, 0, states.data(), {}};
       largest = std::max(largest, layer.mixer->step_workspace_size(step, context).value_or(0));
     }
   };
@@ -408,8 +408,9 @@ TensorView LanguageModel::forward_layers(const TensorView& given_ids, const Mode
 bool LanguageModel::step_layers(const ModelState& state, const TensorView& state_indices,
                                 const Activations& at, const Exec& exec) const {
   const auto args = [&](size_t i) {
-    return LayerStepArgs{flat(at.residual), layers_[i].norm, config().norm_eps,
-                         state.tensors_[i].data(), state_indices};
+    const TensorView next_norm = i + 1 < layers_.size() ? layers_[i + 1].norm : TensorView();
+    return LayerStepArgs{flat(at.residual), layers_[i].norm,          next_norm,    i == 0,
+                         config().norm_eps, state.tensors_[i].data(), state_indices};
   };
   for (size_t i = 0; i < layers_.size(); ++i)
     if (!layers_[i].mixer->step_workspace_size(args(i), exec.context)) return false;

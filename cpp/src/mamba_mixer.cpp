@@ -143,6 +143,8 @@ class MambaMixer final : public Mixer {
     p.eps = args.eps;
     p.residual = args.residual.as<float>();
     p.norm = args.norm.as<const float>();
+    p.next_norm = args.next_norm.as<const float>();
+    p.is_first = args.is_first;
     p.in_proj = w.in_proj.data.data;
     p.x_proj = w.x_proj.data.data;
     p.dt_proj = w.dt_proj.data.data;
@@ -163,6 +165,8 @@ class MambaMixer final : public Mixer {
     p.u = scratch.bytes(channels);
     p.z = scratch.bytes(channels);
     p.y = scratch.bytes(channels);
+    p.x = scratch.bytes(static_cast<size_t>(p.rows * p.d_model) * dtype_size(dtype_));
+    p.squares = scratch.floats(p.rows * ceil_div(p.d_model, 16));
     p.delta_B_C = scratch.floats(p.rows * (p.dt_rank + 2 * MambaStepParams::kDstate));
     return p;
   }

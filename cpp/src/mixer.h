@@ -39,6 +39,8 @@ struct MixerTrainArgs {
 struct LayerStepArgs {
   TensorView residual;       // (rows, d_model), float32, contiguous, updated
   TensorView norm;           // (d_model)
+  TensorView next_norm;      // of the layer after; absent for the last
+  bool is_first;             // of the layers: all have the same workspace, whose contents stay
   float eps;                 // of the norm
   const TensorView* states;  // as in MixerFwdArgs
   TensorView state_indices;  // (rows), int32, contiguous

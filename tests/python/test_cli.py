@@ -20,6 +20,9 @@ STATISTICS = re.compile(
 
 
 def run(*arguments, stdin=b""):
+    """On the CPU, unless they say where."""
+    if arguments and arguments[0] in ("generate", "eval", "info", "bench"):
+        arguments = (arguments[0], "--device=cpu", *arguments[1:])
     return subprocess.run([*COMMAND, *arguments], input=stdin, capture_output=True, timeout=120)
 
 
@@ -34,6 +37,11 @@ def test_generate_prints_the_golden_continuation():
     assert done.returncode == 0
     assert done.stdout.decode() == golden_text()
     assert STATISTICS.fullmatch(done.stderr.decode())[1] == "256"
+
+
+def test_generate_on_every_device(device):
+    done = run("generate", PROMPT, "-n", "256", "--device", device, "--dtype", "fp32", "--quiet")
+    assert (done.stdout.decode(), done.stderr) == (golden_text(), b"")
 
 
 @pytest.mark.parametrize("source", ["file", "stdin"])
@@ -227,9 +235,37 @@ def test_info():
     assert "upstream" in run("info", "-m", UPSTREAM).stdout.decode()
 
 
+def test_bench(tmp_path, device):
+    sizes = ["--batch", "1", "3", "--prompt", "20", "--new", "4"]
+    done = run("bench", *sizes, "--json", tmp_path / "json", "--device", device)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "3,569,920 parameters" in done.stdout.decode()
+    table = done.stdout.decode().splitlines()[-2:]
+    results = json.loads((tmp_path / "json").read_text())
+    assert results["device"].startswith(device)
+    for line, row, batch in zip(table, results["measurements"], (1, 3), strict=True):
+        assert line.startswith(f"| {batch} | 20 | 4 |")
+        assert (row["batch"], row["prompt"], row["new"]) == (batch, 20, 4)
+        seconds = row["prefill_seconds"] + 4 * row["step_seconds"]
+        assert row["new_tokens_per_second"] == pytest.approx(4 * batch / seconds) > 0
+
+
+@pytest.mark.parametrize(
+    "arguments, match",
+    [
+        (["--batch", "0"], "at least 1"),
+        (["--shape", "7b"], "130m, 370m, 790m, 1.4b, 2.8b: '7b'"),
+        (["--shape", "130m", "-m", "folder"], "got both"),
+        (["--device", "cuda:99"], "device cuda"),
+    ],
+)
+def test_bench_refuses(arguments, match):
+    assert_error(run("bench", *arguments), match)
+
+
 def test_version_and_help():
     assert run("--version").stdout.decode() == f"ssmcore {ssmcore.__version__}\n"
-    for command in ([], ["generate"], ["eval"], ["info"]):
+    for command in ([], ["generate"], ["eval"], ["info"], ["bench"]):
         done = run(*command, "--help")
         assert done.returncode == 0 and done.stdout.startswith(b"usage: ssmcore")
 

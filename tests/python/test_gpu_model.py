@@ -106,6 +106,30 @@ def test_graphs_are_as_launches(model):
     assert texts(True) == texts(False)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 13, 16, 33, 64])
+@pytest.mark.parametrize("dtype, tolerance", [("fp32", 1e-4), ("bf16", 0.25), ("fp16", 0.03)])
+def test_whole_layers_are_as_their_operators(dtype, tolerance, rows):
+    """With slots, a step runs a layer in kernels of its own; without, operator by operator."""
+    model = ssmcore.load(device="cuda", dtype=dtype)
+    ids = random_ids(rows, 5)
+    _, state = model.forward(ids, logits="none")
+    elsewhere = model.new_state(rows + 2)
+    slots = np.random.default_rng(1).permutation(rows + 2)[:rows]
+    model.forward(ids, elsewhere, "none", state_indices=slots)
+    before = elsewhere.clone()
+    for token_ids in random_ids(3, rows):
+        expected = model.step(token_ids, state)
+        actual = model.step(token_ids, elsewhere, state_indices=slots)
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
+    unused = [slot for slot in range(rows + 2) if slot not in slots]
+    assert all(elsewhere.is_at_start(slot) for slot in unused)
+    # States too: those that operators go on from.
+    actual = model.forward(ids, elsewhere, "last", state_indices=slots)[0]
+    expected = model.forward(ids, state, "last")[0]
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
+    assert before.native.save() != elsewhere.native.save()
+
+
 def test_bits_per_byte_in_bfloat16():
     model = ssmcore.load(device="cuda", dtype="bf16")
     full = model_on("cuda")
