@@ -1,6 +1,4 @@
 // The RMS norm on the CPU, a row at a time.
-#include <cstring>
-
 #include "../rms_norm_params.h"
 #include "../scratch.h"
 #include "../thread_pool.h"
@@ -79,7 +77,7 @@ void rms_norm_fwd(const RmsNormFwdParams& p, const Exec& exec) {
       [&](int64_t task, int worker) {
         Scratch scratch(static_cast<char*>(exec.workspace) + worker * bytes);
         const Workspace w(p, scratch);
-        std::memset(w.x, 0, bytes);
+        for (float* piece : {w.x, w.residual, w.z, w.weight}) store(piece + p.dim, Vec{});
         if (p.weight) load_row(p.weight.data, p.weight_dtype, p.weight.stride[0], p.dim, w.weight);
         const int64_t begin = task * kTaskRows, end = min(begin + kTaskRows, p.rows);
         for (int64_t row = begin; row < end; ++row) norm_row(p, w, row);
