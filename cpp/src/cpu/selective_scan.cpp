@@ -267,7 +267,8 @@ void selective_scan_fwd(const SelectiveScanFwdParams& p, const Exec& exec) {
   // make the result depend on the number of threads.
   const bool is_step = ScanStep::serves(p);
   const int64_t heads = p.rows * p.nheads;
-  const int64_t tiles_wanted = heads * tiles / (4 * exec.context.num_threads());
+  const int64_t tasks_wanted = (is_step ? 2 : 4) * exec.context.num_threads();
+  const int64_t tiles_wanted = heads * tiles / tasks_wanted;
   const int64_t task_dim = min(is_step ? tiles : kMaxTiles, max(1, tiles_wanted)) * kLanes;
   const int64_t tasks_per_head = (p.headdim + task_dim - 1) / task_dim;
   const Rows rows{p.cu_seqlens, p.state_indices, p.seqlen};
