@@ -31,10 +31,12 @@ class ScanStep {
   // Channels [begin, end) of the head.
   void run(int64_t begin, int64_t end) const {
     const int64_t group = head / (p.nheads / p.ngroups);
-    for (const auto& [tensor, floats] : {std::pair{&p.B, B}, {&p.C, C}}) {
-      const Plane plane = plane_of(*tensor, p.dtype, row.batch, group);
+    const auto stage = [&](const Strided<4>& tensor, float* floats) {
+      const Plane plane = plane_of(tensor, p.dtype, row.batch, group);
       load_row(plane.data, p.dtype, plane.stride_d, p.dstate, floats);
-    }
+    };
+    stage(p.B, B);
+    stage(p.C, C);
     with_type(p.dtype,
               [&](auto* type) { run_channels<std::remove_pointer_t<decltype(type)>>(begin, end); });
   }
@@ -65,8 +67,7 @@ class ScanStep {
     };
     for (int64_t d = begin; d < end; d += kLanes) {
       const Vec u_d = load(u + d);
-      Vec dt = load(delta + d);
-      if (delta_bias) dt += load(delta_bias + d);
+      Vec dt = load(delta + d) + (delta_bias ? load(delta_bias + d) : Vec{});
       if (p.delta_softplus) dt = softplus(dt);
       const Vec x = dt * u_d;
       Vec y{};
