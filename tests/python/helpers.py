@@ -81,6 +81,11 @@ def place(array: np.ndarray, layout: str) -> np.ndarray:
     return np.moveaxis(placed, 1, -1) if token_major else placed
 
 
+def with_adjacent(array: np.ndarray, axis: int) -> np.ndarray:
+    """A copy of `array` in memory in which the elements along `axis` are adjacent."""
+    return np.moveaxis(np.moveaxis(array, axis, -1).copy(order="C"), -1, axis)
+
+
 def _in_poison(array: np.ndarray, step: int) -> np.ndarray:
     memory = np.full([step * n + 3 for n in array.shape], _poison(array.dtype), array.dtype)
     view = memory[tuple(slice(1, 1 + step * n, step) for n in array.shape)]

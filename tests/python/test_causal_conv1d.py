@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference
 from backends import Backend
-from cases import CONV_CASES, CONV_UPDATE_CASES, ConvCase, ConvUpdateCase
+from cases import CONV_CASES, CONV_UPDATE_CASES, NARROW, ConvCase, ConvUpdateCase, rows
 from helpers import (
     DTYPES,
     LAYOUTS,
@@ -19,6 +19,7 @@ from helpers import (
     refuses,
     refuses_value,
     skip_repeated_slots,
+    with_adjacent,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -112,6 +113,42 @@ def test_updates_are_the_sequence(
     ]
     assert_close(np.concatenate(parts, axis=-1), out, dtype)
     assert_same_bits(backend.to_numpy(state), final_state)
+
+
+@pytest.mark.parametrize(
+    "case",
+    rows(
+        ConvUpdateCase(dim=96),
+        batch=(1,),
+        dim=(100,),
+        width=(2, 3, 7),
+        dtype=NARROW,
+        bias=(False,),
+        activation=(None,),
+        state_len=(4,),
+        state_indices=((3, -1, 1),),
+    ),
+)
+def test_update_of_adjacent_channels(backend: Backend, case: ConvUpdateCase) -> None:
+    """As models place weights and states; the CPU then works on them in place."""
+
+    def inputs(adjacent_axis: int) -> dict[str, Any]:
+        arguments = case.inputs()
+        for name in ("weight", "bias"):
+            if arguments[name] is not None:
+                arguments[name] = arguments[name].astype(np.float32)
+        for name in ("weight", "conv_state"):
+            arguments[name] = with_adjacent(arguments[name], adjacent_axis)
+        return arguments
+
+    expected_out, expected_state = reference.causal_conv1d_update(**inputs(-1))
+    out, state = update(backend, inputs(-2))
+    assert_close(out, expected_out, case.dtype)
+    assert_same_bits(state, expected_state.astype(state.dtype))
+    if backend.name == "cpu":
+        staged_out, staged_state = update(backend, inputs(-1))
+        assert_same_bits(out, staged_out)
+        assert_same_bits(state, staged_state)
 
 
 @given(seqlen=st.integers(2, 60), cause=st.floats(0, 1))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference
 from backends import Backend
-from cases import STATE_UPDATE_CASES, StateUpdateCase
+from cases import NARROW, STATE_UPDATE_CASES, StateUpdateCase, rows
 from helpers import (
     DTYPES,
     assert_close,
@@ -18,6 +18,7 @@ from helpers import (
     refuses,
     refuses_value,
     skip_repeated_slots,
+    with_adjacent,
 )
 
 from ssmcore import ops
@@ -79,6 +80,41 @@ def test_nothing_around_the_state_changes(backend: Backend, layout: str) -> None
     _, state = step(backend, inputs)
     assert_close(state, expected_state, "float32")
     assert_only_poison_around(state)
+
+
+@pytest.mark.parametrize(
+    "case",
+    rows(
+        StateUpdateCase(dim=96),
+        batch=(1,),
+        dim=(100,),
+        dstate=(1, 3, 33),
+        dtype=NARROW,
+        nheads=(3,),
+        D=(False,),
+        z=(False,),
+        dt_bias=(False,),
+        dt_softplus=(False,),
+        state_indices=((3, -1, 1),),
+    ),
+)
+def test_adjacent_channels(backend: Backend, case: StateUpdateCase) -> None:
+    """As models place A and states; the CPU then works on them in place."""
+
+    def inputs() -> dict[str, Any]:
+        arguments = case.inputs()
+        for name in ("state", "A"):
+            arguments[name] = with_adjacent(arguments[name], axis=-2)
+        return arguments
+
+    expected_out, expected_state = reference.selective_state_update(**case.inputs())
+    out, state = step(backend, inputs())
+    assert_close(out, expected_out, case.dtype)
+    assert_close(state, expected_state, "float32")
+    if backend.name == "cpu":
+        staged_out, staged_state = step(backend, case.inputs())
+        assert_same_bits(out, staged_out)
+        assert_same_bits(state, staged_state)
 
 
 @pytest.mark.parametrize("name", ["x", "dt", "A", "B", "C", "D", "z", "dt_bias"])

@@ -121,6 +121,44 @@ class Convolution {
   int64_t seen = 0;  // tokens before the row, of a circular state
 };
 
+// Decoding: one step of whole tiles of channels that are adjacent in every operand, whose states
+// are no longer than the window. Nothing has to be staged then.
+bool is_step(const CausalConv1dFwdParams& p) {
+  const auto adjacent = [](const auto& tensor, int dim) {
+    return !tensor || tensor.stride[dim] == 1;
+  };
+  return p.seqlen == 1 && !p.cu_seqlens && !p.seq_idx && !p.cache_seqlens && p.final_state &&
+         p.initial_state && p.state_len == p.width - 1 && p.dim % kLanes == 0 &&
+         p.weight_dtype == DType::float32 && (!p.bias || p.bias_dtype == DType::float32) &&
+         adjacent(p.x, 1) && adjacent(p.out, 1) && adjacent(p.weight, 0) && adjacent(p.bias, 0) &&
+         adjacent(p.initial_state, 1) && adjacent(p.final_state, 1);
+}
+
+template <typename T>
+void step(const CausalConv1dFwdParams& p, const Rows::Row& row, int64_t begin, int64_t end) {
+  const auto channels = [](const Strided<3>& tensor, int64_t index) {
+    return index >= 0 ? static_cast<T*>(tensor.data) + index * tensor.stride[0] : nullptr;
+  };
+  const T *x = channels(p.x, row.batch), *before = channels(p.initial_state, row.slot);
+  T *out = channels(p.out, row.batch), *after = channels(p.final_state, row.slot);
+  const auto *weight = static_cast<const float*>(p.weight.data),
+             *bias = static_cast<const float*>(p.bias.data);
+  for (int64_t d = begin; d < end; d += kLanes) {
+    Vec sum = bias ? load(bias + d) : Vec{};
+    for (int64_t i = 0; i < p.width; ++i) {
+      Vec input{};
+      if (i == p.width - 1)
+        input = load(x + d);
+      else if (before)
+        input = load(before + i * p.initial_state.stride[2] + d);
+      sum += load(weight + i * p.weight.stride[1] + d) * input;
+      if (after && i > 0) store(after + (i - 1) * p.final_state.stride[2] + d, input);
+    }
+    if (p.activation == Activation::silu) sum = silu(sum);
+    store(out + d, sum);
+  }
+}
+
 }  // namespace
 
 size_t causal_conv1d_fwd_workspace_size(const CausalConv1dFwdParams& p, const Context& context) {
@@ -135,16 +173,22 @@ void causal_conv1d_fwd(const CausalConv1dFwdParams& p, const Exec& exec) {
   const int64_t tasks_per_row = (p.dim + kTaskDim - 1) / kTaskDim;
   const Rows rows{p.cu_seqlens, p.state_indices, p.seqlen};
   const size_t bytes = Workspace::bytes(p);
+  const bool one_step = is_step(p);
   exec.context.thread_pool().parallel_for(
       p.rows * tasks_per_row,
       workers_with_scratch(exec, bytes, p.rows * p.dim * p.seqlen * p.width),
       [&](int64_t task, int worker) {
+        const int64_t index = task / tasks_per_row, begin = task % tasks_per_row * kTaskDim;
+        const int64_t end = min(begin + kTaskDim, p.dim);
+        const Rows::Row row = rows[index];
+        if (one_step)
+          return with_type(p.dtype, [&](auto* type) {
+            step<std::remove_pointer_t<decltype(type)>>(p, row, begin, end);
+          });
         Scratch scratch(static_cast<char*>(exec.workspace) + worker * bytes);
         const Workspace workspace(p, scratch);
-        const int64_t index = task / tasks_per_row, begin = task % tasks_per_row * kTaskDim;
-        const Rows::Row row = rows[index];
         const Convolution convolution(p, workspace, row, index);
-        for_each_tile(begin, min(begin + kTaskDim, p.dim),
+        for_each_tile(begin, end,
                       [&](int64_t, int64_t d, int64_t channels) { convolution.run(d, channels); });
       });
 }

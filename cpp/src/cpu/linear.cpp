@@ -22,6 +22,9 @@ constexpr int kMaxRows = 8;
 constexpr int kMaxRows = 4;
 #endif
 constexpr int kMaxOutputs = 3;
+// So few rows are less work than reading the weights is: they take one output after another, as a
+// plain stream of memory, which the hardware fetches ahead best by itself.
+constexpr int kStreamedRows = 2;
 
 // Rows that share one pass over a panel, and outputs of one panel.
 constexpr int64_t kBlockRows = 64;
@@ -30,9 +33,9 @@ constexpr int64_t kPanel = 96;
 constexpr int64_t kPanelsPerWorker = 4;
 // What reading a weight from memory costs beside its products, in multiply-adds.
 constexpr int64_t kWorkOfStreaming = 4;
-// The hardware does not recognise the interleaved rows of a group as a stream. Asking for their
-// memory in order of address, this far ahead, doubles the rate at which one thread reads them. It
-// is asked into the second-level cache: x needs the first.
+// The hardware does not recognise the interleaved rows of several outputs as a stream. Asking for
+// their memory in order of address, this far ahead, doubles the rate at which one thread reads
+// them. It is asked into the second-level cache: x needs the first.
 constexpr int64_t kPrefetchBytes = 12288;
 constexpr int kPrefetchLevel = 2;
 
@@ -76,8 +79,10 @@ SSMCORE_INLINE void dot_products(const Panel<typename Product::W>& panel, int64_
   for (; i + Product::kStep <= panel.k; i += Product::kStep) {
     for (int o = 0; o < kOutputs; ++o) {
       Product::read(weight + o * panel.row_stride + i, w[o]);
-      __builtin_prefetch(ahead, 0, kPrefetchLevel);
-      ahead += Product::kStep;
+      if constexpr (kOutputs > 1) {
+        __builtin_prefetch(ahead, 0, kPrefetchLevel);
+        ahead += Product::kStep;
+      }
     }
     accumulate(w, x + i);
   }
@@ -104,8 +109,9 @@ template <typename Product, int kRows>
 void multiply_rows(const Panel<typename Product::W>& panel, const typename Product::X* x,
                    float* out) {
   int64_t o = 0;
-  for (; o + kMaxOutputs <= panel.outputs; o += kMaxOutputs)
-    dot_products<Product, kRows, kMaxOutputs>(panel, o, x, out);
+  if constexpr (kRows > kStreamedRows)
+    for (; o + kMaxOutputs <= panel.outputs; o += kMaxOutputs)
+      dot_products<Product, kRows, kMaxOutputs>(panel, o, x, out);
   for (; o < panel.outputs; ++o) dot_products<Product, kRows, 1>(panel, o, x, out);
 }
 
@@ -150,8 +156,9 @@ void linear_with(const LinearParams& p, const Exec& exec) {
 
   int64_t panel_outputs = kPanel;
   if (few_rows) {
-    const int64_t groups = ceil_div(p.out_features, kPanelsPerWorker * workers * kMaxOutputs);
-    panel_outputs = min(kPanel, groups * kMaxOutputs);
+    const int64_t group = p.rows > kStreamedRows ? kMaxOutputs : 1;
+    const int64_t groups = ceil_div(p.out_features, kPanelsPerWorker * workers * group);
+    panel_outputs = min(kPanel, groups * group);
   }
   const int64_t prefetch_distance = few_rows ? kPrefetchBytes / static_cast<int64_t>(sizeof(W)) : 0;
   const int64_t panels = (p.out_features + panel_outputs - 1) / panel_outputs;

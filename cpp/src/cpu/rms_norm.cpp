@@ -1,6 +1,4 @@
 // The RMS norm on the CPU, a row at a time.
-#include <cstring>
-
 #include "../rms_norm_params.h"
 #include "../scratch.h"
 #include "../thread_pool.h"
@@ -39,31 +37,29 @@ float sum_of_squares(const float* x, int64_t n) {
   return horizontal_sum(sum);
 }
 
-void gate(const RmsNormFwdParams& p, const Workspace& w) {
-  for (int64_t i = 0; i < p.dim; i += kLanes) store(w.x + i, load(w.x + i) * silu(load(w.z + i)));
-}
-
-void norm_row(const RmsNormFwdParams& p, const Workspace& w, int64_t row) {
+void norm_row(const RmsNormFwdParams& p, const Workspace& w, const float* weight, int64_t row) {
+  const auto gate = [&] {
+    const float* z = float_row(row_of(p.z, p.z_dtype, row), p.z_dtype, p.z.stride[1], p.dim, w.z);
+    for (int64_t i = 0; i < p.dim; i += kLanes) store(w.x + i, load(w.x + i) * silu(load(z + i)));
+  };
   load_row(row_of(p.x, p.dtype, row), p.dtype, p.x.stride[1], p.dim, w.x);
   if (p.residual) {
-    load_row(row_of(p.residual, p.residual_dtype, row), p.residual_dtype, p.residual.stride[1],
-             p.dim, w.residual);
-    for (int64_t i = 0; i < p.dim; i += kLanes)
-      store(w.x + i, load(w.x + i) + load(w.residual + i));
+    const float* residual = float_row(row_of(p.residual, p.residual_dtype, row), p.residual_dtype,
+                                      p.residual.stride[1], p.dim, w.residual);
+    for (int64_t i = 0; i < p.dim; i += kLanes) store(w.x + i, load(w.x + i) + load(residual + i));
   }
   if (p.residual_out)
     store_row(w.x, p.dim, row_of(p.residual_out, p.residual_out_dtype, row), p.residual_out_dtype,
               p.residual_out.stride[1]);
-  if (p.z) load_row(row_of(p.z, p.z_dtype, row), p.z_dtype, p.z.stride[1], p.dim, w.z);
-  if (p.z && !p.norm_before_gate) gate(p, w);
+  if (p.z && !p.norm_before_gate) gate();
   for (int64_t begin = 0; begin < p.dim; begin += p.group_size) {
     const float mean = sum_of_squares(w.x + begin, p.group_size) / static_cast<float>(p.group_size);
     const float scale = 1.0f / __builtin_sqrtf(mean + p.eps);
     for (int64_t i = begin; i < begin + p.group_size; ++i) w.x[i] *= scale;
   }
-  if (p.weight)
-    for (int64_t i = 0; i < p.dim; i += kLanes) store(w.x + i, load(w.x + i) * load(w.weight + i));
-  if (p.z && p.norm_before_gate) gate(p, w);
+  if (weight)
+    for (int64_t i = 0; i < p.dim; i += kLanes) store(w.x + i, load(w.x + i) * load(weight + i));
+  if (p.z && p.norm_before_gate) gate();
   store_row(w.x, p.dim, row_of(p.out, p.out_dtype, row), p.out_dtype, p.out.stride[1]);
 }
 
@@ -81,10 +77,12 @@ void rms_norm_fwd(const RmsNormFwdParams& p, const Exec& exec) {
       [&](int64_t task, int worker) {
         Scratch scratch(static_cast<char*>(exec.workspace) + worker * bytes);
         const Workspace w(p, scratch);
-        std::memset(w.x, 0, bytes);
-        if (p.weight) load_row(p.weight.data, p.weight_dtype, p.weight.stride[0], p.dim, w.weight);
+        for (float* piece : {w.x, w.residual, w.z, w.weight}) store(piece + p.dim, Vec{});
+        const float* weight =
+            p.weight ? float_row(p.weight.data, p.weight_dtype, p.weight.stride[0], p.dim, w.weight)
+                     : nullptr;
         const int64_t begin = task * kTaskRows, end = min(begin + kTaskRows, p.rows);
-        for (int64_t row = begin; row < end; ++row) norm_row(p, w, row);
+        for (int64_t row = begin; row < end; ++row) norm_row(p, w, weight, row);
       });
 }
 

@@ -20,6 +20,15 @@ inline void load_row(const void* from, DType dtype, int64_t stride, int64_t n, f
   });
 }
 
+// The row where it lies if it is of floats in whole vectors, else as floats in `memory`.
+inline const float* float_row(const void* from, DType dtype, int64_t stride, int64_t n,
+                              float* memory) {
+  if (dtype == DType::float32 && stride == 1 && n % kLanes == 0)
+    return static_cast<const float*>(from);
+  load_row(from, dtype, stride, n, memory);
+  return memory;
+}
+
 inline void store_row(const float* row, int64_t n, void* to, DType dtype, int64_t stride) {
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;

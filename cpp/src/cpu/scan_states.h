@@ -44,6 +44,11 @@ struct KeepNothing {
   SSMCORE_INLINE void operator()(Values...) const {}
 };
 
+// One step of one state: decay is exp(Δ A), x is Δ u.
+SSMCORE_INLINE Vec advance(Vec h, Vec decay, Vec x, Vec B) {
+  return decay * h + x * B;
+}
+
 // Advances states [n, n + kN) over the chunk and adds their share to y. At every step t it calls
 // keep(t, i, decay, state) for i in [0, kN).
 template <int kN, bool kConstantB, bool kConstantC, typename Keep = KeepNothing>
@@ -56,7 +61,7 @@ void scan_real_states(const StatesOfTile& s, int64_t n, const Keep& keep = {}) {
 #pragma GCC unroll 16
     for (int i = 0; i < kN; ++i) {
       const Vec decay = exp2(dt * load(s.A + (n + i) * kLanes));
-      h[i] = decay * h[i] + x * coefficient<kConstantB, 1>(s.B, s, t, n + i, 0);
+      h[i] = advance(h[i], decay, x, coefficient<kConstantB, 1>(s.B, s, t, n + i, 0));
       sum += h[i] * coefficient<kConstantC, 1>(s.C, s, t, n + i, 0);
       keep(t, i, decay, h[i]);
     }

@@ -3,6 +3,7 @@
 #include "../scratch.h"
 #include "../thread_pool.h"
 #include "scan_operands.h"
+#include "scan_step.h"
 
 namespace ssmcore::cpu {
 
@@ -68,12 +69,6 @@ class Scan {
     A = plane_of(p.A, state_dtype(p), task.head);
     if (row.slot >= 0)
       initial_state = plane_of(p.initial_state, state_dtype(p), row.slot, task.head);
-  }
-
-  // Asks for the memory that run() begins with.
-  void prefetch() const {
-    for (const Plane& plane : {A, initial_state})
-      prefetch_tiles(plane, task.d_begin, task.d_end - task.d_begin, p.dstate);
   }
 
   void run() {
@@ -209,9 +204,11 @@ void selective_scan_fwd(const SelectiveScanFwdParams& p, const Exec& exec) {
   // Wider tasks stage B and C less often; enough tasks keep the threads evenly busy, down to one
   // tile each. There is no split over L: every piece would be scanned twice, and its rounding would
   // make the result depend on the number of threads.
+  const bool is_step = ScanStep::serves(p);
   const int64_t heads = p.rows * p.nheads;
-  const int64_t tiles_wanted = heads * tiles / (4 * exec.context.num_threads());
-  const int64_t task_dim = min(kMaxTiles, max(1, tiles_wanted)) * kLanes;
+  const int64_t tasks_wanted = (is_step ? 2 : 4) * exec.context.num_threads();
+  const int64_t tiles_wanted = heads * tiles / tasks_wanted;
+  const int64_t task_dim = min(is_step ? tiles : kMaxTiles, max(1, tiles_wanted)) * kLanes;
   const int64_t tasks_per_head = (p.headdim + task_dim - 1) / task_dim;
   const Rows rows{p.cu_seqlens, p.state_indices, p.seqlen};
 
@@ -228,10 +225,11 @@ void selective_scan_fwd(const SelectiveScanFwdParams& p, const Exec& exec) {
   exec.context.thread_pool().parallel_for(tasks, workers, [&](int64_t index, int worker) {
     Scratch scratch(static_cast<char*>(exec.workspace) + worker * bytes);
     const Workspace workspace(p, scratch);
-    // A single step is short beside the wait for its states: ask for the next task's meanwhile.
-    if (const int64_t next = index + workers; next < tasks)
-      Scan(p, workspace, task_at(next)).prefetch();
-    Scan(p, workspace, task_at(index)).run();
+    const Task task = task_at(index);
+    if (is_step)
+      ScanStep(p, task.row, task.head, workspace.B, workspace.C).run(task.d_begin, task.d_end);
+    else
+      Scan(p, workspace, task).run();
   });
 }
 

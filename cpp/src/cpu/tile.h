@@ -132,19 +132,6 @@ inline void store_tile(const float* tile, const Plane& plane, int64_t d, int64_t
   });
 }
 
-// Asks for the memory of channels [d, d + channels) and steps [0, steps) of a plane that may be
-// absent, where channels are adjacent: otherwise the hardware follows along the steps. Into the
-// second-level cache: in the first, rows a power of two apart would push one another out.
-inline void prefetch_tiles(const Plane& plane, int64_t d, int64_t channels, int64_t steps) {
-  constexpr int64_t kCacheLine = 64;
-  if (!plane || plane.stride_d != 1) return;
-  const int64_t size = static_cast<int64_t>(dtype_size(plane.dtype));
-  for (int64_t t = 0; t < steps; ++t) {
-    const char* from = static_cast<const char*>(plane.data) + (t * plane.stride_t + d) * size;
-    for (int64_t i = 0; i < channels * size; i += kCacheLine) __builtin_prefetch(from + i, 0, 2);
-  }
-}
-
 // Steps [0, steps) of a plane that may be absent: zeros then.
 inline void load_tile_or_zeros(const Plane& plane, int64_t d, int64_t channels, int64_t steps,
                                float* tile) {

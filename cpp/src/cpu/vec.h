@@ -75,6 +75,11 @@ SSMCORE_INLINE void store(float* to, Vec v) {
 }
 
 SSMCORE_INLINE Vec load(const bfloat16* from) {
+#if defined(__AVX512F__)
+  // What GCC 12 makes of the conversion below takes four instructions.
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+#endif
   Bits16Vec bits;
   std::memcpy(&bits, from, sizeof(bits));
   return bit_cast<Vec>(__builtin_convertvector(bits, UintVec) << 16);
@@ -204,7 +209,7 @@ SSMCORE_INLINE Vec in_register(Vec v) {
 }
 
 // Within every quad of lanes: elements p of a (0 to 3) and of b (4 to 7).
-#define SSMCORE_AT(p, base) ((p) < 4 ? (p) + (base) : (p) - 4 + kLanes + (base))
+#define SSMCORE_AT(p, base) ((p) < 4 ? (p) + (base) : (p)-4 + kLanes + (base))
 #define SSMCORE_QUAD(p0, p1, p2, p3, base) \
   SSMCORE_AT(p0, base), SSMCORE_AT(p1, base), SSMCORE_AT(p2, base), SSMCORE_AT(p3, base)
 #if defined(__AVX512F__)
