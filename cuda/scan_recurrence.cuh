@@ -1,4 +1,4 @@
-// The middle stage of selective_scan_varying_fwd.cu: the recurrence, serially in time.
+// The middle stage of scan_kernel.cuh: the recurrence, serially in time.
 #pragma once
 
 #include "device/math.cuh"
@@ -6,45 +6,59 @@
 
 namespace ssmcore::cuda {
 
-// One thread: some states of one channel.
-template <typename Shape>
+// One thread: some states of some channels.
+template <typename Shape, bool kAlongSteps>
 struct ScanRecurrence {
-  static constexpr int kStates = Shape::kStates;
+  static constexpr int kStates = Shape::kStates, kChannels = Shape::kChannels;
 
   const ScanBlock& block;
   const SelectiveScanFwdParams& p;
   float* const shared;
-  const int lane, row, d;  // row of a stage, and channel
-  float A[kStates], h[kStates];
+  const int lane, group;
+  float A[kChannels][kStates], h[kChannels][kStates];
 
   __device__ ScanRecurrence(const ScanBlock& block, float* shared, int thread)
       : block(block),
         p(block.p),
         shared(shared),
         lane(thread % Shape::kLanes),
-        row(thread / Shape::kLanes),
-        d(block.channel_of<Shape::kBlockD>(row)) {
-    const float* from = static_cast<const float*>(p.A.data) + block.head * p.A.stride[0] +
-                        (block.first_d + d) * p.A.stride[1];
-#pragma unroll
-    for (int s = 0; s < kStates; ++s)
-      A[s] = exists(s) ? from[state(s) * p.A.stride[2]] * kLog2e : 0.0f;
+        group(thread / Shape::kLanes) {
+    const float* from = static_cast<const float*>(p.A.data) + block.head * p.A.stride[0];
+    for_each_state([&](int c, int s) {
+      A[c][s] =
+          exists(c, s)
+              ? from[(block.first_d + channel(c)) * p.A.stride[1] + state(s) * p.A.stride[2]] *
+                    kLog2e
+              : 0.0f;
+    });
   }
 
+  // Row of a stage, and channel of the block.
+  __device__ int row(int c) const { return group + c * Shape::kGroups; }
+  __device__ int channel(int c) const { return Shape::template channel_of<kAlongSteps>(row(c)); }
   __device__ int state(int s) const { return lane + s * Shape::kLanes; }
-  __device__ bool exists(int s) const { return d < block.channels && state(s) < p.dstate; }
+  __device__ bool exists(int c, int s) const {
+    return channel(c) < block.channels && state(s) < static_cast<int>(p.dstate);
+  }
+  template <typename Function>
+  __device__ __forceinline__ static void for_each_state(const Function& function) {
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c)
+#pragma unroll
+      for (int s = 0; s < kStates; ++s) function(c, s);
+  }
 
   // The outputs of one part of a row.
   __device__ __forceinline__ void run() {
     load_initial_state();
-    float delta_sum = 0, lost = 0;
+    float sum[kChannels] = {}, lost[kChannels] = {};  // Σ Δ
     int64_t chunk = p.chunk_states.data ? first_chunk() : 0;
     Tiles tiles = block.tiles();
     int steps = tiles.next<Shape::kBlockL>();
-    if (steps > 0) scan_barrier();
+    if (steps > 0) scan_barrier<Shape::kThreads>();
     for (bool odd = false; steps > 0; odd = !odd) {
       float* stage = shared + (odd ? Shape::kStage : 0);
-      if (p.delta_sum.data) add_deltas(stage, steps, &delta_sum, &lost);
+      if (p.delta_sum.data) add_deltas(stage, steps, sum, lost);
       advance<true>(stage, steps);
       if (p.chunk_states.data && tiles.chunk_left == 0 && chunk < p.chunks) {
         const Strided<5>& to = p.chunk_states;
@@ -54,7 +68,7 @@ struct ScanRecurrence {
         ++chunk;
       }
       steps = tiles.next<Shape::kBlockL>();
-      scan_barrier();
+      scan_barrier<Shape::kThreads>();
     }
     if (p.last_state.data && block.row.slot >= 0 && block.is_last_part()) {
       const Strided<4>& to = p.last_state;
@@ -62,10 +76,13 @@ struct ScanRecurrence {
           static_cast<float*>(to.data) + block.row.slot * to.stride[0] + block.head * to.stride[1],
           to.stride[2], to.stride[3]);
     }
-    if (p.delta_sum.data && lane == 0 && d < block.channels) {
+    if (p.delta_sum.data && lane == 0) {
       const Strided<3>& to = p.delta_sum;
-      static_cast<float*>(to.data)[block.row_index * to.stride[0] + block.head * to.stride[1] +
-                                   (block.first_d + d) * to.stride[2]] = delta_sum;
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c)
+        if (channel(c) < block.channels)
+          static_cast<float*>(to.data)[block.row_index * to.stride[0] + block.head * to.stride[1] +
+                                       (block.first_d + channel(c)) * to.stride[2]] = sum[c];
     }
   }
 
@@ -73,58 +90,57 @@ struct ScanRecurrence {
   // beginning decay. Tiles come last first: once the decay from a tile's end to the part's is 0 for
   // every state of the block, those before it do not count.
   __device__ __forceinline__ void run_states(int tiles) {
-    float sum[kStates], decay[kStates], later = 0;  // later: Σ Δ of the tiles done
-#pragma unroll
-    for (int s = 0; s < kStates; ++s) {
-      sum[s] = 0;
-      decay[s] = 1;
-    }
-    scan_barrier_or(true);
+    float sum[kChannels][kStates], decay[kChannels][kStates];
+    float later[kChannels] = {};  // Σ Δ of the tiles done
+    for_each_state([&](int c, int s) {
+      sum[c][s] = 0;
+      decay[c][s] = 1;
+    });
+    scan_barrier_or<Shape::kThreads>(true);
     for (int tile = 0; tile < tiles; ++tile) {
-      float* stage = shared + tile % 2 * Shape::kStage;
-#pragma unroll
-      for (int s = 0; s < kStates; ++s) h[s] = 0;
-      later += advance<false>(stage, Shape::kBlockL);
-      bool counts = false;
-#pragma unroll
-      for (int s = 0; s < kStates; ++s) {
-        sum[s] += decay[s] * h[s];
-        decay[s] = exp2_approx(later * A[s]);
-        counts = counts || (exists(s) && decay[s] != 0);
-      }
-      if (tile + 1 < tiles && !scan_barrier_or(counts)) break;
+      for_each_state([&](int c, int s) { h[c][s] = 0; });
+      advance<false>(shared + tile % 2 * Shape::kStage, Shape::kBlockL, later);
+      float left = 0;  // how much of what is before this tile
+      for_each_state([&](int c, int s) {
+        sum[c][s] += decay[c][s] * h[c][s];
+        decay[c][s] = exp2_approx(later[c] * A[c][s]);
+        left += exists(c, s) ? decay[c][s] : 0.0f;
+      });
+      if (tile + 1 < tiles && !scan_barrier_or<Shape::kThreads>(left != 0)) break;
     }
-#pragma unroll
-    for (int s = 0; s < kStates; ++s)
-      if (exists(s)) *block.part_state(block.part, d, state(s)) = make_float2(decay[s], sum[s]);
+    for_each_state([&](int c, int s) {
+      if (exists(c, s))
+        *block.part_state(block.part, channel(c), state(s)) = make_float2(decay[c][s], sum[c][s]);
+    });
   }
 
  private:
   __device__ __forceinline__ void load_initial_state() {
     const Strided<4>& from = p.initial_state;
     const bool given = from.data && block.row.slot >= 0;
-    const float* state_of_d =
+    const float* states =
         static_cast<const float*>(from.data) +
-        (given ? block.row.slot * from.stride[0] + block.head * from.stride[1] +
-                     (block.first_d + d) * from.stride[2]
-               : 0);
-#pragma unroll
-    for (int s = 0; s < kStates; ++s)
-      h[s] = given && exists(s) ? state_of_d[state(s) * from.stride[3]] : 0.0f;
+        (given ? block.row.slot * from.stride[0] + block.head * from.stride[1] : 0);
+    for_each_state([&](int c, int s) {
+      h[c][s] =
+          given && exists(c, s)
+              ? states[(block.first_d + channel(c)) * from.stride[2] + state(s) * from.stride[3]]
+              : 0.0f;
+    });
     for (int part = 0; part < block.part; ++part)
-#pragma unroll
-      for (int s = 0; s < kStates; ++s)
-        if (exists(s)) {
-          const float2 decay_sum = *block.part_state(part, d, state(s));
-          h[s] = decay_sum.x * h[s] + decay_sum.y;
+      for_each_state([&](int c, int s) {
+        if (exists(c, s)) {
+          const float2 decay_sum = *block.part_state(part, channel(c), state(s));
+          h[c][s] = decay_sum.x * h[c][s] + decay_sum.y;
         }
+      });
   }
 
   __device__ __forceinline__ void store_states(float* to, int64_t stride_d,
                                                int64_t stride_n) const {
-#pragma unroll
-    for (int s = 0; s < kStates; ++s)
-      if (exists(s)) to[(block.first_d + d) * stride_d + state(s) * stride_n] = h[s];
+    for_each_state([&](int c, int s) {
+      if (exists(c, s)) to[(block.first_d + channel(c)) * stride_d + state(s) * stride_n] = h[c][s];
+    });
   }
 
   // The row's first entry in chunk_states. Packed rows follow one another: each lane of a warp
@@ -141,77 +157,116 @@ struct ScanRecurrence {
     return chunks;
   }
 
-  // Advances the states over a tile. Leaves y in shared memory (kOutputs), or returns Σ Δ.
-  template <bool kOutputs>
-  __device__ __forceinline__ float advance(float* stage, int steps) {
-    constexpr bool kAhead = kStates <= 2;  // B and C, too, are read four steps ahead
-    float* const cells = Shape::cells(stage, 0, row);
-    float* const y_cells = Shape::cells(stage, Shape::part_of_lane(lane), row);
-    const float* const B = Shape::coefficients(stage, 0, lane);
-    const float* const C = Shape::coefficients(stage, 1, lane);
-    Four dt_next = load_four(cells), dt_u_next = load_four(cells + Shape::kRow);
-    Four B_next[kAhead ? kStates : 1], C_next[kAhead ? kStates : 1];
-    const auto load_coefficients = [&](int t) {
+  // Four steps of a tile, as they lie in shared memory.
+  struct Deltas {
+    Four dt[kChannels], dt_u[kChannels];
+  };
+  struct Coefficients {
+    Four B, C;
+  };
+  __device__ __forceinline__ Deltas load_deltas(const float* stage, int t) const {
+    Deltas deltas;
 #pragma unroll
-      for (int s = 0; s < kStates; ++s) {
-        B_next[s] = load_four(B + s * Shape::kRow + t);
-        if (kOutputs) C_next[s] = load_four(C + s * Shape::kRow + t);
-      }
-    };
-    if constexpr (kAhead) load_coefficients(0);
-    float delta_sum = 0;
-#pragma unroll(kStates <= 4 ? 4 : 1)
-    for (int t = 0; t < steps; t += 4) {
-      const Four dt = dt_next, dt_u = dt_u_next;
-      dt_next = load_four(cells + t + 4);  // after the last: the unused end of the row
-      dt_u_next = load_four(cells + Shape::kRow + t + 4);
-      Four B_now[kAhead ? kStates : 1], C_now[kAhead ? kStates : 1];
-      if constexpr (kAhead) {
+    for (int c = 0; c < kChannels; ++c) {
+      deltas.dt[c] = load_four(Shape::cells(stage, 0, row(c)) + t);
+      deltas.dt_u[c] = load_four(Shape::cells(stage, 1, row(c)) + t);
+    }
+    return deltas;
+  }
+  template <bool kOutputs>
+  __device__ __forceinline__ Coefficients load_coefficients(const float* stage, int s,
+                                                            int t) const {
+    Coefficients coefficients;
+    coefficients.B = load_four(Shape::coefficients(stage, 0, state(s)) + t);
+    if (kOutputs) coefficients.C = load_four(Shape::coefficients(stage, 1, state(s)) + t);
+    return coefficients;
+  }
+
+  // Advances the states over a tile. Leaves y in shared memory (kOutputs), or adds Σ Δ to `later`.
+  template <bool kOutputs>
+  __device__ __forceinline__ void advance(float* stage, int steps, float* later = nullptr) {
+    // The next four steps are read before y of these is stored; so are B and C of few states.
+    constexpr bool kAhead = kStates * kChannels <= 4;
+    constexpr int kFours = kAhead ? 4 : kStates * kChannels <= 16 ? 2 : 1;
+    static_assert(Shape::kBlockL % (4 * kFours) == 0);
+    Deltas next = load_deltas(stage, 0);
+    Coefficients next_coefficients[kAhead ? kStates : 1];
+    if constexpr (kAhead) {
+#pragma unroll
+      for (int s = 0; s < kStates; ++s)
+        next_coefficients[s] = load_coefficients<kOutputs>(stage, s, 0);
+    }
+#pragma unroll 1
+    for (int first = 0; first < steps; first += 4 * kFours)
+#pragma unroll
+      for (int four = 0; four < kFours; ++four) {
+        const int t = first + 4 * four;
+        const Deltas deltas = next;
+        next = load_deltas(stage, t + 4);  // after the last: the unused end of the row
+        Four y[kChannels] = {};
 #pragma unroll
         for (int s = 0; s < kStates; ++s) {
-          B_now[s] = B_next[s];
-          C_now[s] = C_next[s];
-        }
-        load_coefficients(t + 4);
-      }
-      Four y = {};
+          Coefficients now;
+          if constexpr (kAhead) {
+            now = next_coefficients[s];
+            next_coefficients[s] = load_coefficients<kOutputs>(stage, s, t + 4);
+          } else {
+            now = load_coefficients<kOutputs>(stage, s, t);
+          }
 #pragma unroll
-      for (int s = 0; s < kStates; ++s) {
-        Four B_s, C_s;
-        if constexpr (kAhead) {
-          B_s = B_now[s];
-          C_s = C_now[s];
-        } else {
-          B_s = load_four(B + s * Shape::kRow + t);
-          if (kOutputs) C_s = load_four(C + s * Shape::kRow + t);
-        }
+          for (int c = 0; c < kChannels; ++c)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          h[s] = exp2_approx(dt.value[i] * A[s]) * h[s] + dt_u.value[i] * B_s.value[i];
-          if (kOutputs) y.value[i] += C_s.value[i] * h[s];
+            for (int i = 0; i < 4; ++i) {
+              h[c][s] = exp2_approx(deltas.dt[c].value[i] * A[c][s]) * h[c][s] +
+                        deltas.dt_u[c].value[i] * now.B.value[i];
+              if (kOutputs) y[c].value[i] += now.C.value[i] * h[c][s];
+            }
+        }
+        if constexpr (kOutputs) store_y(stage, t, y);
+        if constexpr (!kOutputs) {
+#pragma unroll
+          for (int c = 0; c < kChannels; ++c) {
+            const Four& dt = deltas.dt[c];
+            later[c] += (dt.value[0] + dt.value[1]) + (dt.value[2] + dt.value[3]);
+          }
         }
       }
-      if constexpr (kOutputs) {
-        if (Shape::kInPlace && Shape::kLanes > 1)
-          __syncwarp();  // all lanes have read what is now overwritten
-        store_four(y_cells + t, y);
-      } else {
-        delta_sum += (dt.value[0] + dt.value[1]) + (dt.value[2] + dt.value[3]);
-      }
+  }
+
+  __device__ __forceinline__ void store_y(float* stage, int t, const Four (&y)[kChannels]) const {
+    if (Shape::kInPlace && Shape::kLanes > 1)
+      __syncwarp();  // all lanes have read what is now overwritten
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      if constexpr (Shape::kInPlace)
+        store_four(Shape::cells(stage, Shape::y_part(lane), row(c)) + t, y[c]);
+      else
+        Shape::cells(stage, Shape::y_part(lane / 4), row(c))[t + lane % 4] = sum_over_four(y[c]);
     }
-    return delta_sum;
+  }
+
+  // The sum over four neighbouring lanes: of the first step in the first of them, and so on.
+  __device__ __forceinline__ float sum_over_four(const Four& y) const {
+    const bool upper = lane & 2, odd = lane & 1;
+    const auto exchange = [](bool second, float a, float b, int lanes) {
+      return (second ? b : a) + __shfl_xor_sync(~0u, second ? a : b, lanes);
+    };
+    const float first = exchange(upper, y.value[0], y.value[2], 2);
+    return exchange(odd, first, exchange(upper, y.value[1], y.value[3], 2), 1);
   }
 
   // Kahan's summation: a million tiles lose no more than one.
-  __device__ __forceinline__ void add_deltas(float* stage, int steps, float* sum,
-                                             float* lost) const {
-    for (int t = 0; t < steps; t += 4) {
-      const Four dt = load_four(Shape::cells(stage, 0, row) + t);
-      const float added = ((dt.value[0] + dt.value[1]) + (dt.value[2] + dt.value[3])) - *lost;
-      const float after = *sum + added;
-      *lost = (after - *sum) - added;
-      *sum = after;
-    }
+  __device__ __forceinline__ void add_deltas(const float* stage, int steps, float (&sum)[kChannels],
+                                             float (&lost)[kChannels]) const {
+    for (int t = 0; t < steps; t += 4)
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        const Four dt = load_four(Shape::cells(stage, 0, row(c)) + t);
+        const float added = ((dt.value[0] + dt.value[1]) + (dt.value[2] + dt.value[3])) - lost[c];
+        const float after = sum[c] + added;
+        lost[c] = (after - sum[c]) - added;
+        sum[c] = after;
+      }
     __syncwarp();  // before it is overwritten
   }
 };

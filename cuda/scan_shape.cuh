@@ -1,4 +1,4 @@
-// How the kernel of selective_scan_varying_fwd.cu cuts its work, and what its stages share.
+// How scan_kernel.cuh cuts its work, and what its parts share.
 #pragma once
 
 #include <type_traits>
@@ -7,50 +7,64 @@
 
 namespace ssmcore::cuda {
 
-inline constexpr int kScanThreads = 128, kStagingThreads = 128;
-
-// All threads of a block, which come here from two places: what stages and what runs the
+// All kThreads of a block, which come here from two places: what stages and what runs the
 // recurrence.
+template <int kThreads>
 __device__ __forceinline__ void scan_barrier() {
-  asm volatile("barrier.cta.sync 1, %0;" ::"n"(kScanThreads + kStagingThreads) : "memory");
+  asm volatile("barrier.cta.sync 1, %0;" ::"n"(kThreads) : "memory");
 }
 // Whether any of them brought a true `value`.
+template <int kThreads>
 __device__ __forceinline__ bool scan_barrier_or(bool value) {
   int any;
   asm volatile(
       "{ .reg .pred mine, any; setp.ne.s32 mine, %1, 0; "
       "barrier.cta.red.or.pred any, 1, %2, mine; selp.s32 %0, 1, 0, any; }"
       : "=r"(any)
-      : "r"(static_cast<int>(value)), "n"(kScanThreads + kStagingThreads)
+      : "r"(static_cast<int>(value)), "n"(kThreads)
       : "memory");
   return any != 0;
 }
 
-// How a block of the scan shares its work (selective_scan_varying_fwd.cu).
-template <int states, int lanes, int block_l, int min_blocks>
+// How a block of the scan shares its work (scan_kernel.cuh): a thread has `states` of the states of
+// each of `channels` channels, and `lanes` threads have them all.
+template <int states, int lanes, int channels, int block_l, int min_blocks, int staging_threads>
 struct ScanShape {
-  static constexpr int kStates = states, kLanes = lanes, kBlockL = block_l;
+  static constexpr int kStates = states, kLanes = lanes, kChannels = channels, kBlockL = block_l;
   static constexpr int kMinBlocks = min_blocks;  // on a multiprocessor
-  static constexpr int kBlockD = kScanThreads / kLanes;
+  static constexpr int kScanThreads = 128, kStagingThreads = staging_threads;
+  static constexpr int kThreads = kScanThreads + kStagingThreads;
+  static constexpr int kGroups = kScanThreads / kLanes;  // of lanes
+  static constexpr int kBlockD = kGroups * kChannels;
   static constexpr int kDstate = kStates * kLanes;  // at most
 
   // Floats in shared memory. The paddings keep threads that read fours together in different banks.
   static constexpr int kRow = kBlockL + 4;
-  static constexpr int kParts = kLanes <= 2 ? 2 : kLanes + 2;
-  static constexpr int kChannelRows = kParts * kRow + 4;
-  static constexpr int kLaneRows = kStates * kRow + (kStates % 2 == 0 ? 4 : 0);
-  static constexpr int kStage = kBlockD * kChannelRows + 2 * kLanes * kLaneRows;
+  static constexpr int kYParts = kLanes <= 2 ? kLanes : kLanes / 4;
+  static constexpr int kParts = kLanes <= 2 ? 2 : 2 + kYParts;
+  static constexpr int kChannelRows = kParts * kRow + (kParts % 2 == 0 ? 4 : 0);
+  static constexpr int kCoefficients = kBlockD * kChannelRows;
+  static constexpr int kStage = kCoefficients + 2 * kDstate * kRow;
 
-  // Row `r` of Δ (part 0) and Δu (part 1) in a stage, and of what each lane adds to y: in the place
-  // of these, or after them.
-  __device__ static float* cells(float* stage, int part, int r) {
+  // Row `r` of Δ (part 0) and Δu (part 1) in a stage, and of what adds up to y: of each lane in the
+  // place of these, or of each four lanes after them.
+  template <typename Float>
+  __device__ static Float* cells(Float* stage, int part, int r) {
     return stage + r * kChannelRows + part * kRow;
   }
   static constexpr bool kInPlace = kLanes <= 2;
-  __device__ static int part_of_lane(int lane) { return kInPlace ? 1 - lane : 2 + lane; }
-  // Rows of B (0) or C (1) of a lane: its states are lane, lane + kLanes, …
-  __device__ static float* coefficients(float* stage, int which, int lane) {
-    return stage + kBlockD * kChannelRows + (which * kLanes + lane) * kLaneRows;
+  __device__ static constexpr int y_part(int i) { return kInPlace ? 1 - i : 2 + i; }
+  // Row of state n of B (0) or C (1). A lane's states are lane, lane + kLanes, …
+  template <typename Float>
+  __device__ static Float* coefficients(Float* stage, int which, int n) {
+    return stage + kCoefficients + (which * kDstate + n) * kRow;
+  }
+
+  // The channel of the block that row `r` of a stage holds. Where a piece has two channels, these
+  // are half the rows apart.
+  template <bool kAlongSteps>
+  __device__ static int channel_of(int r) {
+    return kAlongSteps ? r : 2 * (r % (kBlockD / 2)) + r / (kBlockD / 2);
   }
 };
 
@@ -99,7 +113,6 @@ struct ScanBlock {
   ScanRow row;  // only its steps of this part
   int64_t head, first_d;
   int channels;
-  bool along_steps;  // how its pieces lie
 
   __device__ Tiles tiles() const {
     const int64_t length = row.end - row.begin;
@@ -113,20 +126,12 @@ struct ScanBlock {
            ((part * p.rows + row_index) * p.nheads * p.headdim + channel) * p.dstate + n;
   }
 
-  // The channel, counted from first_d, that row `r` of a stage holds. Those of a pair are half the
-  // rows apart.
-  template <int kBlockD>
-  __device__ int channel_of(int r) const {
-    return along_steps ? r : 2 * (r % (kBlockD / 2)) + r / (kBlockD / 2);
-  }
-
-  // At row `r` and step t of an operand (batch, .., rows, steps).
-  template <typename Cursor>
-  __device__ Cursor cursor(const Strided<4>& operand, int64_t at, int64_t r, int64_t t) const {
-    using T = std::remove_pointer_t<decltype(Cursor::at)>;
-    return {static_cast<T*>(operand.data) + row.batch * operand.stride[0] + at * operand.stride[1] +
-                r * operand.stride[2] + (row.begin + t) * operand.stride[3],
-            operand.stride[2], operand.stride[3]};
+  // The first element, at step t, of row `r` of an operand (batch, .., rows, steps).
+  template <typename T>
+  __device__ T* at(const Strided<4>& operand, int64_t head_or_group, int64_t r, int64_t t) const {
+    return static_cast<T*>(operand.data) + row.batch * operand.stride[0] +
+           head_or_group * operand.stride[1] + r * operand.stride[2] +
+           (row.begin + t) * operand.stride[3];
   }
 };
 

@@ -1,5 +1,5 @@
-// The first and the last stage of selective_scan_varying_fwd.cu: from operands in memory to Δ, Δu,
-// B and C as floats in shared memory, and from what the recurrence left there to `out`.
+// The first and the last stage of scan_kernel.cuh: from operands in memory to Δ, Δu, B and C as
+// floats in shared memory, and from what the recurrence left there to `out`.
 #pragma once
 
 #include "device/math.cuh"
@@ -8,87 +8,78 @@
 
 namespace ssmcore::cuda {
 
-// Without kOutputs: for the states only, from the last tile of a part to the first.
-template <typename T, typename Shape, bool kAlongSteps, bool kOutputs>
+// How kRows rows of a tile are cut into pieces: a thread's are `thread`, thread + kThreads, … .
+// Eight neighbouring pieces have eight rows, whose fours lie in different banks.
+template <typename Piece, int kRows, int kBlockL, int kThreads>
+struct PieceCut {
+  static constexpr int kAcross = kRows / Piece::kRows, kAlong = kBlockL / Piece::kSteps;
+  static constexpr int kPieces = kAcross * kAlong, kOwn = (kPieces + kThreads - 1) / kThreads;
+  static_assert(kPieces < kThreads || kPieces % kThreads == 0);
+
+  __device__ static constexpr int row(int piece) {
+    return Piece::kRows == 1 ? piece / (8 * kAlong) * 8 + piece % 8 : piece % kAcross * 2;
+  }
+  __device__ static constexpr int step(int piece) {
+    return (Piece::kRows == 1 ? piece / 8 % kAlong : piece / kAcross) * Piece::kSteps;
+  }
+};
+
+// u, Δ, z and out. With kVectors all pieces of whole tiles are aligned. Without kOutputs: for the
+// states only, from the last tile of a part to the first.
+template <typename T, typename Shape, bool kAlongSteps, bool kVectors, bool kOutputs>
 struct ScanStaging {
   using Piece = cuda::Piece<T, kAlongSteps>;
   using Input = Cursor<const T, kAlongSteps>;
   using Output = Cursor<T, kAlongSteps>;
-  static constexpr int kBlockL = Shape::kBlockL, kThreads = kStagingThreads;
-
-  // How a tile is cut into pieces: a thread's are `thread`, thread + kThreads, … .
-  template <int kRows>
-  struct Cut {
-    static constexpr int kAcross = kRows / Piece::kRows, kAlong = kBlockL / Piece::kSteps;
-    static constexpr int kPieces = kAcross * kAlong, kOwn = (kPieces + kThreads - 1) / kThreads;
-    static_assert(kPieces < kThreads || kPieces % kThreads == 0);
-
-    // Eight neighbouring pieces have eight rows, whose fours lie in different banks.
-    __device__ static constexpr int row(int piece) {
-      return kAlongSteps ? piece / (8 * kAlong) * 8 + piece % 8 : piece % kAcross * 2;
-    }
-    __device__ static constexpr int step(int piece) {
-      return (kAlongSteps ? piece / 8 % kAlong : piece / kAcross) * Piece::kSteps;
-    }
-  };
-  using Channels = Cut<Shape::kBlockD>;
+  static constexpr int kThreads = Shape::kStagingThreads;
+  using Slot = cuda::Slot<Piece, kThreads>;
+  using Cut = PieceCut<Piece, Shape::kBlockD, Shape::kBlockL, kThreads>;
+  static constexpr int kBlockL = Shape::kBlockL, kOwn = Cut::kOwn;
   // From one piece of a thread to its next.
-  static constexpr int kNextRow = kAlongSteps ? kThreads / Channels::kAlong : 0;
-  static constexpr int kNextStep = kAlongSteps ? 0 : kThreads / Channels::kAcross * Piece::kSteps;
-  static_assert(kAlongSteps ? kNextRow % 8 == 0 : kThreads % Channels::kAcross == 0);
-  using States = Cut<(kOutputs ? 2 : 1) * Shape::kDstate>;  // of B, then of C
+  static constexpr int kNextRow = kAlongSteps ? kThreads / Cut::kAlong : 0;
+  static constexpr int kNextStep = kAlongSteps ? 0 : kThreads / Cut::kAcross * Piece::kSteps;
+  static_assert(kAlongSteps ? kNextRow % 8 == 0 : kThreads % Cut::kAcross == 0);
 
-  static constexpr int kStep = kOutputs ? kBlockL : -kBlockL;  // from one tile to the next
+  // Copies wait in shared memory from two iterations before a tile's to the one after it. Only the
+  // thread that copies a piece reads it.
+  static constexpr int kTilesKept = 4;
+  enum Operand { kU, kDelta, kZ, kOperands };
+  static constexpr size_t kSlotBytes =
+      sizeof(uint32_t) * Slot::kWords * kTilesKept * kOperands * kOwn;
+
+  // After the stages in shared memory, and before those of B and C.
+  __device__ static uint32_t* all_slots(float* shared) {
+    return reinterpret_cast<uint32_t*>(shared + 2 * Shape::kStage);
+  }
+  __device__ static uint32_t* slots_end(float* shared) {
+    return all_slots(shared) + kSlotBytes / sizeof(uint32_t);
+  }
 
   const ScanBlock& block;
   const SelectiveScanFwdParams& p;
-  float* const shared;
   uint32_t* const slots;  // this thread's
-  const int thread;
-  const int d, t;  // of the first piece
-  // Whether the thread has any piece, and whether those of full tiles are moved in one go.
-  const bool has_piece, has_coefficients;
-  bool is_fast, is_fast_n;
-  float bias[kAlongSteps ? Channels::kOwn : 2], D[kAlongSteps ? Channels::kOwn : 2];
-  Input u, delta, z, coefficients[States::kOwn];
-  Output out;
-  const int64_t u_tile, delta_tile, z_tile, out_tile;  // elements from one full tile to the next
+  const int d, t;         // of the first piece
+  const bool has_piece;
+  static constexpr int kParameters = kAlongSteps ? kOwn : 2;
+  float bias[kParameters], D[kParameters];
+  const T *u, *delta, *z;
+  T* out;
 
   __device__ ScanStaging(const ScanBlock& block, float* shared, int thread)
       : block(block),
         p(block.p),
-        shared(shared),
-        slots(reinterpret_cast<uint32_t*>(shared + 2 * Shape::kStage) + 4 * thread),
-        thread(thread),
-        d(Channels::row(thread)),
-        t(Channels::step(thread)),
-        has_piece(thread < Channels::kPieces),
-        has_coefficients(thread < States::kPieces),
-        u_tile(kStep * p.u.stride[3]),
-        delta_tile(kStep * p.delta.stride[3]),
-        z_tile(kStep * p.z.stride[3]),
-        out_tile(kStep * p.out.stride[3]) {
-    const int64_t group = block.head / (p.nheads / p.ngroups), first_d = block.first_d + d;
-    const int64_t first_t = kOutputs ? 0 : block.row.end - block.row.begin - kBlockL;
-    u = block.cursor<Input>(p.u, block.head, first_d, first_t + t);
-    delta = block.cursor<Input>(p.delta, block.head, first_d, first_t + t);
-    z = block.cursor<Input>(p.z, block.head, first_d, first_t + t);
-    out = block.cursor<Output>(p.out, block.head, first_d, first_t + t);
-    const bool begins_aligned = !kAlongSteps || !p.chunk_states.data || p.chunk_size % 8 == 0;
-    constexpr int kRowsUsed = (Channels::kOwn - 1) * kNextRow + Piece::kRows;
-    is_fast = begins_aligned && d + kRowsUsed <= block.channels && u.is_aligned() &&
-              delta.is_aligned() && (!p.z.data || z.is_aligned()) && out.is_aligned();
-    is_fast_n = begins_aligned && p.dstate == Shape::kDstate;
+        slots(all_slots(shared) + 4 * thread),
+        d(Cut::row(thread)),
+        t(Cut::step(thread)),
+        has_piece(thread < Cut::kPieces && d < block.channels) {
+    const int64_t first_d = block.first_d + d;
+    const int64_t first_t = kOutputs ? t : block.row.end - block.row.begin - kBlockL + t;
+    u = block.at<const T>(p.u, block.head, first_d, first_t);
+    delta = block.at<const T>(p.delta, block.head, first_d, first_t);
+    z = block.at<const T>(p.z, block.head, first_d, first_t);
+    out = block.at<T>(p.out, block.head, first_d, first_t);
 #pragma unroll
-    for (int i = 0; i < States::kOwn; ++i) {
-      const int n = States::row(thread + i * kThreads), t_n = States::step(thread + i * kThreads);
-      coefficients[i] = n < Shape::kDstate
-                            ? block.cursor<Input>(p.B, group, n, first_t + t_n)
-                            : block.cursor<Input>(p.C, group, n - Shape::kDstate, first_t + t_n);
-      is_fast_n = is_fast_n && coefficients[i].is_aligned();
-    }
-#pragma unroll
-    for (int i = 0; i < (kAlongSteps ? Channels::kOwn : 2); ++i) {
+    for (int i = 0; i < kParameters; ++i) {
       const int at = d + (kAlongSteps ? i * kNextRow : i);
       const bool exists = at < block.channels;
       bias[i] = exists && p.delta_bias.data ? float_at(p.delta_bias, block.head, block.first_d + at)
@@ -97,199 +88,213 @@ struct ScanStaging {
     }
   }
 
-  // Copies wait in shared memory, after the stages, from the iteration before a tile is staged
-  // until it is finished; those of B and C until they are staged. Only the thread that copies a
-  // piece reads it.
-  static constexpr int kTilesKept = 4, kCoefficientTilesKept = 2;
-  using Slot = cuda::Slot<Piece, kThreads>;
-  enum Operand { kU, kDelta, kZ, kOperands };
-  static constexpr size_t kSlotBytes =
-      sizeof(uint32_t) * Slot::kWords *
-      (kTilesKept * kOperands * Channels::kOwn + kCoefficientTilesKept * States::kOwn);
-
   __device__ __forceinline__ Slot slot(int tile, Operand operand, int i) const {
-    const int index = (tile % kTilesKept * kOperands + operand) * Channels::kOwn + i;
-    return {slots + index * Slot::kWords};
+    return {slots + ((tile % kTilesKept * kOperands + operand) * kOwn + i) * Slot::kWords};
   }
-  __device__ __forceinline__ Slot coefficient_slot(int tile, int i) const {
-    const int index =
-        kTilesKept * kOperands * Channels::kOwn + tile % kCoefficientTilesKept * States::kOwn + i;
-    return {slots + index * Slot::kWords};
+  __device__ __forceinline__ int rows_left(int i) const {
+    return block.channels - d - i * kNextRow;
+  }
+  __device__ __forceinline__ int steps_left(int steps, int i) const {
+    return steps - t - i * kNextStep;
   }
 
   // Begins to copy tile number `tile`, of `steps`.
-  __device__ __forceinline__ void begin(int steps, int tile) {
-    if (has_piece && steps > 0) {
-      if (is_fast && steps == kBlockL) {
-#pragma unroll
-        for (int i = 0; i < Channels::kOwn; ++i) {
-          const int rows = i * kNextRow, at = i * kNextStep;
-          u.copy(rows, at, slot(tile, kU, i));
-          delta.copy(rows, at, slot(tile, kDelta, i));
-          if (kOutputs && p.z.data) z.copy(rows, at, slot(tile, kZ, i));
-        }
-        u.at += u_tile;
-        delta.at += delta_tile;
-        z.at += z_tile;
-      } else {
-        copy_some(u, steps, tile, kU);
-        copy_some(delta, steps, tile, kDelta);
-        if (kOutputs && p.z.data) copy_some(z, steps, tile, kZ);
-      }
-    }
-    if (has_coefficients && steps > 0) {
-      if (is_fast_n && steps == kBlockL) {
-#pragma unroll
-        for (int i = 0; i < States::kOwn; ++i)
-          coefficients[i].copy(0, 0, coefficient_slot(tile, i));
-      } else {
-#pragma unroll
-        for (int i = 0; i < States::kOwn; ++i) {
-          const int piece = thread + i * kThreads, n = States::row(piece) % Shape::kDstate;
-          coefficient_slot(tile, i).store(Input::load_some(
-              coefficients[i], 0, 0, static_cast<int>(p.dstate) - n, steps - States::step(piece)));
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < States::kOwn; ++i) coefficients[i].advance(kOutputs ? steps : kStep);
-    }
-    commit_copies();
+  __device__ __forceinline__ void begin(int tile, int steps) {
+    if (!has_piece) return;
+    if (kVectors && steps == kBlockL)
+      begin_operands<kVectors>(tile, kBlockL);
+    else if (steps > 0)
+      begin_operands<false>(tile, steps);
   }
-
-  __device__ __forceinline__ void copy_some(Input& input, int steps, int tile,
-                                            Operand operand) const {
+  template <bool kWhole>
+  __device__ __forceinline__ void begin_operands(int tile, int steps) {
+    begin_operand<kWhole>(u, p.u, tile, kU, steps);
+    begin_operand<kWhole>(delta, p.delta, tile, kDelta, steps);
+    if (kOutputs && p.z.data) begin_operand<kWhole>(z, p.z, tile, kZ, steps);
+  }
+  template <bool kWhole>
+  __device__ __forceinline__ void begin_operand(const T*& from, const Strided<4>& strides, int tile,
+                                                Operand operand, int steps) {
+    const Input input{from, strides.stride[2], strides.stride[3]};
 #pragma unroll
-    for (int i = 0; i < Channels::kOwn; ++i) {
+    for (int i = 0; i < kOwn; ++i) {
       const int rows = i * kNextRow, at = i * kNextStep;
-      slot(tile, operand, i)
-          .store(Input::load_some(input, rows, at, block.channels - d - rows, steps - t - at));
-    }
-    input.advance(kOutputs ? steps : kStep);
-  }
-
-  __device__ __forceinline__ void run() {
-    Tiles tiles = block.tiles();
-    int before = 0, finished = 0, staged = 0, next = tiles.next<kBlockL>();
-    begin(next, 0);
-    for (int tile = 0;; tile = (tile + 1) % kTilesKept) {
-      before = finished;
-      finished = staged;
-      staged = next;
-      if (staged + finished + before == 0) break;
-      next = tiles.next<kBlockL>();
-      begin(next, tile + 1);
-      float* stage = shared + tile % 2 * Shape::kStage;
-      if (has_piece && before > 0) finish(stage, before, tile + 2);
-      wait_for_copies<1>();
-      if (staged > 0) {
-        if (has_coefficients) stage_coefficients(stage, tile);
-        if (has_piece) convert(stage, staged, tile);
+      if constexpr (kWhole) {
+        if (rows_left(i) > 0) input.copy(rows, at, slot(tile, operand, i));
+      } else {
+        slot(tile, operand, i)
+            .store(Input::load_some(input, rows, at, rows_left(i), steps_left(steps, i)));
       }
-      if (staged + finished > 0) scan_barrier();
     }
+    from += (kOutputs ? steps : -kBlockL) * strides.stride[3];
   }
 
-  // The same for the states only; ends when the recurrence has no use for more.
-  __device__ __forceinline__ void run_states(int tiles) {
-    begin(kBlockL, 0);
-    for (int tile = 0; tile < tiles; ++tile) {
-      begin(tile + 1 < tiles ? kBlockL : 0, (tile + 1) % kTilesKept);
-      float* stage = shared + tile % 2 * Shape::kStage;
-      wait_for_copies<1>();
-      if (has_coefficients) stage_coefficients(stage, tile % kTilesKept);
-      if (has_piece) convert(stage, kBlockL, tile % kTilesKept);
-      if (!scan_barrier_or(false)) break;
-    }
-    wait_for_copies<0>();
+  // The cells of a four.
+  __device__ __forceinline__ float* cells(float* stage, int part, int i, int four) const {
+    const int row = kAlongSteps ? d + i * kNextRow : d / 2 + four * (Shape::kBlockD / 2);
+    return Shape::cells(stage, part, row) + t + i * kNextStep + Piece::step(four, 0);
   }
 
-  // The row in a stage, and the step, of a four.
-  __device__ static __forceinline__ int row_of(int d, int i, int four) {
-    return kAlongSteps ? d + i * kNextRow : d / 2 + four * (Shape::kBlockD / 2);
+  // From copies to Δ and Δu.
+  __device__ __forceinline__ void convert(float* stage, int tile, int steps) const {
+    if (!has_piece) return;
+    if (steps == kBlockL)
+      convert_pieces<true>(stage, tile, kBlockL);
+    else if (steps > 0)
+      convert_pieces<false>(stage, tile, steps);
   }
-  __device__ static __forceinline__ int step_of(int t, int i, int four) {
-    return t + i * kNextStep + (kAlongSteps ? 4 * four : 0);
-  }
-
-  __device__ __forceinline__ void convert(float* stage, int steps, int tile) const {
+  template <bool kWhole>
+  __device__ __forceinline__ void convert_pieces(float* stage, int tile, int steps) const {
 #pragma unroll
-    for (int i = 0; i < Channels::kOwn; ++i) {
+    for (int i = 0; i < kOwn; ++i) {
       const Piece u = slot(tile, kU, i).load(), delta = slot(tile, kDelta, i).load();
+      Four dt[2];
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        dt[j / 4].value[j % 4] = delta.get(j / 4, j % 4) + bias[kAlongSteps ? i : j / 4];
+      if (p.delta_softplus) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) dt[j / 4].value[j % 4] = softplus(dt[j / 4].value[j % 4]);
+      }
+      if constexpr (!kWhole) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j)  // such steps leave the states as they are
+          if (Piece::step(j / 4, j % 4) >= steps_left(steps, i)) dt[j / 4].value[j % 4] = 0;
+      }
 #pragma unroll
       for (int four = 0; four < 2; ++four) {
-        const int at = step_of(t, i, four);
-        float* cells = Shape::cells(stage, 0, row_of(d, i, four)) + at;
-        Four dt, dt_u;
+        Four dt_u;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) dt.value[j] = delta.get(four, j) + bias[kAlongSteps ? i : four];
-        if (p.delta_softplus) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) dt.value[j] = softplus(dt.value[j]);
-        }
-        if (steps < kBlockL) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j)  // such steps leave the states as they are
-            if (at + j >= steps) dt.value[j] = 0;
-        }
-#pragma unroll
-        for (int j = 0; j < 4; ++j) dt_u.value[j] = dt.value[j] * u.get(four, j);
-        store_four(cells, dt);
-        store_four(cells + Shape::kRow, dt_u);
+        for (int j = 0; j < 4; ++j) dt_u.value[j] = dt[four].value[j] * u.get(four, j);
+        store_four(cells(stage, 0, i, four), dt[four]);
+        store_four(cells(stage, 1, i, four), dt_u);
       }
     }
   }
 
-  __device__ __forceinline__ void finish(float* stage, int steps, int tile) {
+  // From what the lanes left of y to out.
+  __device__ __forceinline__ void finish(float* stage, int tile, int steps) {
+    if (!has_piece) return;
+    if (kVectors && steps == kBlockL)
+      finish_pieces<kVectors>(stage, tile, kBlockL);
+    else if (steps > 0)
+      finish_pieces<false>(stage, tile, steps);
+  }
+  template <bool kWhole>
+  __device__ __forceinline__ void finish_pieces(float* stage, int tile, int steps) {
+    const Output output{out, p.out.stride[2], p.out.stride[3]};
 #pragma unroll
-    for (int i = 0; i < Channels::kOwn; ++i) {
-      const Piece u = slot(tile, kU, i).load(), z = slot(tile, kZ, i).load();
+    for (int i = 0; i < kOwn; ++i) {
+      const Piece u = slot(tile, kU, i).load();
+      Four y[2];
+#pragma unroll
+      for (int four = 0; four < 2; ++four) {
+        y[four] = load_four(cells(stage, Shape::y_part(0), i, four));
+#pragma unroll
+        for (int part = 1; part < Shape::kYParts; ++part) {
+          const Four more = load_four(cells(stage, Shape::y_part(part), i, four));
+#pragma unroll
+          for (int j = 0; j < 4; ++j) y[four].value[j] += more.value[j];
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) y[four].value[j] += D[kAlongSteps ? i : four] * u.get(four, j);
+      }
+      if (p.z.data) {
+        const Piece z = slot(tile, kZ, i).load();
+#pragma unroll
+        for (int j = 0; j < 8; ++j) y[j / 4].value[j % 4] *= silu(z.get(j / 4, j % 4));
+      }
       float value[8];
 #pragma unroll
-      for (int four = 0; four < 2; ++four) {
-        const float* cells = Shape::cells(stage, 0, row_of(d, i, four)) + step_of(t, i, four);
-        Four y = load_four(cells + Shape::part_of_lane(0) * Shape::kRow);
-#pragma unroll
-        for (int lane = 1; lane < Shape::kLanes; ++lane) {
-          const Four more = load_four(cells + Shape::part_of_lane(lane) * Shape::kRow);
-#pragma unroll
-          for (int j = 0; j < 4; ++j) y.value[j] += more.value[j];
-        }
-        if (p.D.data) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) y.value[j] += D[kAlongSteps ? i : four] * u.get(four, j);
-        }
-        if (p.z.data) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) y.value[j] *= silu(z.get(four, j));
-        }
-#pragma unroll
-        for (int j = 0; j < 4; ++j) value[Piece::index(four, j)] = y.value[j];
-      }
+      for (int j = 0; j < 8; ++j) value[Piece::index(j / 4, j % 4)] = y[j / 4].value[j % 4];
       Piece piece;
       piece.set(value);
       const int rows = i * kNextRow, at = i * kNextStep;
-      if (is_fast && steps == kBlockL)
-        out.store(rows, at, piece);
-      else
-        Output::store_some(out, rows, at, block.channels - d - rows, steps - t - at, piece);
+      if constexpr (kWhole) {
+        if (rows_left(i) > 0) output.store(rows, at, piece);
+      } else {
+        Output::store_some(output, rows, at, rows_left(i), steps_left(steps, i), piece);
+      }
     }
-    if (steps == kBlockL)
-      out.at += out_tile;
-    else
-      out.advance(steps);
+    out += steps * p.out.stride[3];
+  }
+};
+
+// B, and after it C (kOutputs), in pieces.
+template <typename T, typename Shape, bool kAlongSteps, bool kOutputs>
+struct CoefficientStaging {
+  using Piece = cuda::Piece<T, kAlongSteps>;
+  using Input = Cursor<const T, kAlongSteps>;
+  static constexpr int kThreads = Shape::kStagingThreads;
+  using Slot = cuda::Slot<Piece, kThreads>;
+  static constexpr int kBlockL = Shape::kBlockL, kDstate = Shape::kDstate;
+  using Cut = PieceCut<Piece, (kOutputs ? 2 : 1) * kDstate, kBlockL, kThreads>;
+  static constexpr int kOwn = Cut::kOwn;
+
+  // Copies wait in shared memory until they are staged.
+  static constexpr int kTilesKept = 2;
+  static constexpr size_t kSlotBytes = sizeof(uint32_t) * Slot::kWords * kTilesKept * kOwn;
+
+  const SelectiveScanFwdParams& p;
+  uint32_t* const slots;  // this thread's
+  const int thread;
+  Input from[kOwn];
+  bool is_fast;  // whether those of whole tiles are aligned and exist
+
+  // `slots`: of all threads.
+  __device__ CoefficientStaging(const ScanBlock& block, uint32_t* slots, int thread)
+      : p(block.p), slots(slots + 4 * thread), thread(thread) {
+    const int64_t group = block.head / (p.nheads / p.ngroups);
+    const int64_t first_t = kOutputs ? 0 : block.row.end - block.row.begin - kBlockL;
+    is_fast = p.dstate == kDstate &&
+              (!kAlongSteps || !p.chunk_states.data || p.chunk_size % Piece::kSteps == 0);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int piece = thread + i * kThreads, n = Cut::row(piece);
+      const Strided<4>& operand = n < kDstate ? p.B : p.C;
+      from[i] = {block.at<const T>(operand, group, n % kDstate, first_t + Cut::step(piece)),
+                 operand.stride[2], operand.stride[3]};
+      is_fast = is_fast && from[i].is_aligned();
+    }
   }
 
-  __device__ __forceinline__ void stage_coefficients(float* stage, int tile) const {
+  __device__ __forceinline__ bool has_piece() const {
+    return Cut::kPieces >= kThreads || thread < Cut::kPieces;
+  }
+  __device__ __forceinline__ Slot slot(int tile, int i) const {
+    return {slots + (tile % kTilesKept * kOwn + i) * Slot::kWords};
+  }
+
+  // Begins to copy tile number `tile`, of `steps`.
+  __device__ __forceinline__ void begin(int tile, int steps) {
+    if (!has_piece() || steps == 0) return;
+    if (is_fast && steps == kBlockL) {
 #pragma unroll
-    for (int i = 0; i < States::kOwn; ++i) {
-      const Piece piece = coefficient_slot(tile, i).load();
+      for (int i = 0; i < kOwn; ++i) from[i].copy(0, 0, slot(tile, i));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        const int piece = thread + i * kThreads, n = Cut::row(piece) % kDstate;
+        slot(tile, i).store(Input::load_some(from[i], 0, 0, static_cast<int>(p.dstate) - n,
+                                             steps - Cut::step(piece)));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) from[i].advance(kOutputs ? steps : -kBlockL);
+  }
+
+  __device__ __forceinline__ void convert(float* stage, int tile) const {
+    if (!has_piece()) return;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const Piece piece = slot(tile, i).load();
       const int at = thread + i * kThreads;
 #pragma unroll
       for (int four = 0; four < 2; ++four) {
-        const int row = States::row(at) + Piece::row(four), n = row % Shape::kDstate;
+        const int n = Cut::row(at) + Piece::row(four);
         store_four(
-            Shape::coefficients(stage, row / Shape::kDstate, n % Shape::kLanes) +
-                n / Shape::kLanes * Shape::kRow + States::step(at) + Piece::step(four, 0),
+            Shape::coefficients(stage, n / kDstate, n % kDstate) + Cut::step(at) +
+                Piece::step(four, 0),
             {piece.get(four, 0), piece.get(four, 1), piece.get(four, 2), piece.get(four, 3)});
       }
     }
