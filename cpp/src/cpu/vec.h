@@ -209,7 +209,7 @@ SSMCORE_INLINE Vec in_register(Vec v) {
 }
 
 // Within every quad of lanes: elements p of a (0 to 3) and of b (4 to 7).
-#define SSMCORE_AT(p, base) ((p) < 4 ? (p) + (base) : (p)-4 + kLanes + (base))
+#define SSMCORE_AT(p, base) ((p) < 4 ? (p) + (base) : (p) - 4 + kLanes + (base))
 #define SSMCORE_QUAD(p0, p1, p2, p3, base) \
   SSMCORE_AT(p0, base), SSMCORE_AT(p1, base), SSMCORE_AT(p2, base), SSMCORE_AT(p3, base)
 #if defined(__AVX512F__)
