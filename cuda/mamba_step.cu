@@ -15,11 +15,22 @@ namespace ssmcore::cuda {
 namespace {
 
 constexpr const char* kOp = "mamba_step";
-constexpr int64_t kMaxRows = 32;
 
 // Rows that plain arithmetic is faster for, or has to do.
 int64_t few_rows(DType dtype) {
   return dtype_size(dtype) == 2 ? 2 : 4;
+}
+
+// Rows for which whole layers are faster than operators, whose products take more work at a time:
+// measured on an H100, at d_model 768 and 2560.
+int64_t most_rows(const MambaStepParams& p) {
+  return std::min<int64_t>(32, 32768 / p.d_model);
+}
+
+// Whether the tensor cores' kernels take the layer.
+bool takes_rows(const MambaStepParams& p, const Context& context) {
+  return p.rows <= most_rows(p) && dtype_size(p.dtype) == 2 && p.d_model % 64 == 0 &&
+         p.dim % 64 == 0 && context.cuda().can_begin_early();
 }
 
 // A block has 32 channels, in each of its 4 warps: a warp has a quarter of dt_rank, then of the
@@ -154,14 +165,12 @@ void launch_mamba_step_update(const MambaStepParams& p, const Exec& exec) {
 }
 
 size_t mamba_step_workspace_size(const MambaStepParams& p, const Context& context) {
-  const int64_t size = static_cast<int64_t>(dtype_size(p.dtype));
-  const bool has_rows =
-      p.rows <= few_rows(p.dtype) || (p.rows <= kMaxRows && size == 2 && p.d_model % 64 == 0 &&
-                                      p.dim % 64 == 0 && context.cuda().can_begin_early());
-  const bool fits = has_rows && p.dt_rank * size <= 16 * kQuarters * kMaxPieces &&
-                    p.dt_rank % 8 == 0 && p.d_model % 8 == 0 && p.dim % 8 == 0 &&
-                    is_aligned(p.in_proj, 16) && is_aligned(p.x_proj, 16) &&
-                    is_aligned(p.dt_proj, 16) && is_aligned(p.out_proj, 16);
+  const int64_t rank_bytes = p.dt_rank * static_cast<int64_t>(dtype_size(p.dtype));
+  const bool fits = (p.rows <= few_rows(p.dtype) || takes_rows(p, context)) &&
+                    rank_bytes <= 16 * kQuarters * kMaxPieces && p.dt_rank % 8 == 0 &&
+                    p.d_model % 8 == 0 && p.dim % 8 == 0 && is_aligned(p.in_proj, 16) &&
+                    is_aligned(p.x_proj, 16) && is_aligned(p.dt_proj, 16) &&
+                    is_aligned(p.out_proj, 16);
   return fits && !context.batch_invariant() ? 0 : kNoKernel;
 }
 

@@ -13,7 +13,7 @@ namespace ssmcore::cuda {
 namespace {
 
 constexpr const char* kOp = "mamba_step";
-constexpr int kMinWarps = 4, kMaxWarps = 16;
+constexpr int kMinWarps = 8, kMaxWarps = 16;
 
 // The output of one row that a thread of a product finishes, if there is one for it.
 struct Output {

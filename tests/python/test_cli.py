@@ -247,7 +247,7 @@ def test_bench(tmp_path, device):
         assert line.startswith(f"| {batch} | 20 | 4 |")
         assert (row["batch"], row["prompt"], row["new"]) == (batch, 20, 4)
         seconds = row["prefill_seconds"] + 4 * row["step_seconds"]
-        assert row["new_tokens_per_second"] == pytest.approx(4 * batch / seconds) > 0
+        assert row["new_tokens_per_second"] == pytest.approx(4 * batch / seconds)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ def ones(*shape):
 @pytest.mark.parametrize("slots", [2**31, 2**58, 2**62, 2**62 + 1, 2**63 - 1])
 def test_more_state_than_memory(slots):
     with pytest.raises(ssmcore.Error, match="memory"):
-        ssmcore.load().new_state(slots)
+        ssmcore.load(device="cpu").new_state(slots)
 
 
 def test_broadcast_state_of_any_length():
@@ -71,11 +71,11 @@ def test_outputs_inside_inputs_are_refused():
 
 def test_state_is_refused_by_a_later_model_at_the_same_address():
     for _ in range(20):
-        model = ssmcore.load()
+        model = ssmcore.load(device="cpu")
         state = model.new_state()
         del model
         with pytest.raises(ssmcore.InvalidArgumentError, match="another model"):
-            ssmcore.load().step([65], state)
+            ssmcore.load(device="cpu").step([65], state)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

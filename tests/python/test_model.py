@@ -113,7 +113,7 @@ def test_states_are_reset_and_copied_by_slot():
 
 @pytest.mark.parametrize("dtype, tolerance", [("bf16", 0.5), ("fp16", 0.05)])
 def test_half_precision_is_near(dtype, tolerance):
-    model = ssmcore.load(dtype=dtype)
+    model = ssmcore.load(device="cpu", dtype=dtype)
     logits, _ = model.forward(golden()["prompt"])
     assert logits.dtype == np.float32
     assert 0 < abs(logits - golden()["logits_transformers"]).max() < tolerance
@@ -303,7 +303,7 @@ def test_bad_scores():
      ("bfloat16", "bfloat16"), ("fp16", "float16"), ("float16", "float16")],
 )  # fmt: skip
 def test_dtypes(dtype, name):
-    assert ssmcore.load(dtype=dtype).dtype == name
+    assert ssmcore.load(device="cpu", dtype=dtype).dtype == name
 
 
 def test_paths(tmp_path):
@@ -391,13 +391,13 @@ def test_upstream_weights_may_be_stored_transposed(upstream_folder):
         if tensor.ndim == 2:
             weights[name] = tensor.T.contiguous().T
     torch.save(weights, path)
-    logits, _ = ssmcore.load(upstream_folder).forward(golden()["prompt"])
+    logits, _ = ssmcore.load(upstream_folder, device="cpu").forward(golden()["prompt"])
     np.testing.assert_allclose(logits, golden()["logits_upstream"], rtol=0, atol=TOLERANCE)
 
 
 def test_padded_vocabulary(upstream_folder):
     change_config(upstream_folder, vocab_size=250, pad_vocab_size_multiple=16)
-    model = ssmcore.load(upstream_folder)
+    model = ssmcore.load(upstream_folder, device="cpu")
     assert (model.config.vocab_size, model.config.padded_vocab_size) == (250, 256)
     logits, _ = model.forward(golden()["prompt"])
     expected = golden()["logits_upstream"][:, :250]

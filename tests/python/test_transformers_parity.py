@@ -46,7 +46,7 @@ def assert_same_logits(folder, model):
     ids = random_ids(model, 2, 29)
     with torch.no_grad():
         expected = model(ids).logits.numpy()
-    loaded = ssmcore.load(folder)
+    loaded = ssmcore.load(folder, device="cpu")
     logits, _ = loaded.forward(ids.numpy())
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
     first, state = loaded.forward(ids[:, :11].numpy())
@@ -99,7 +99,7 @@ def test_falcon_mamba_with_a_bad_eps(tmp_path, eps):
 def test_falcon_mamba_step_by_step_and_packed(tmp_path):
     model = make_falcon(use_bias=True)
     model.save_pretrained(tmp_path)
-    loaded, ids = ssmcore.load(tmp_path), random_ids(model, 1, 31)
+    loaded, ids = ssmcore.load(tmp_path, device="cpu"), random_ids(model, 1, 31)
     with torch.no_grad():
         whole, parts = model(ids).logits.numpy(), [model(ids[:, a:b]).logits[0].numpy()
                                                    for a, b in ((0, 20), (20, 31))]  # fmt: skip
@@ -193,7 +193,7 @@ def test_greedy_continuation(tmp_path):
     model.save_pretrained(tmp_path)
     ids = random_ids(model, 1, 9)
     expected = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None)
-    continuation = ssmcore.load(tmp_path).generate(ids[0], 20, ignore_eos=True)
+    continuation = ssmcore.load(tmp_path, device="cpu").generate(ids[0], 20, ignore_eos=True)
     assert continuation == expected[0, 9:].tolist()
 
 
@@ -257,7 +257,7 @@ def test_upstream_model_is_saved_for_transformers(tmp_path):
     ssmcore.save(upstream_model(), tmp_path)
     ids = golden()["prompt"]
     assert_transformers_reads(tmp_path, [ids.tolist()], golden()["logits_upstream"][np.newaxis])
-    loaded = ssmcore.load(tmp_path)
+    loaded = ssmcore.load(tmp_path, device="cpu")
     assert loaded.config.format == "transformers"
     assert loaded.generate(PROMPT, 40) == golden_text()[:40]
 
@@ -275,9 +275,9 @@ def test_padding_of_the_vocabulary_is_not_saved(tmp_path):
 
 def test_saved_over_the_folder_it_came_from(tmp_path):
     folder = shutil.copytree(BUNDLED, tmp_path / "model")
-    model = ssmcore.load(folder)
+    model = ssmcore.load(folder, device="cpu")
     ssmcore.save(model, folder)
-    for again in (model, ssmcore.load(folder)):
+    for again in (model, ssmcore.load(folder, device="cpu")):
         assert again.generate(PROMPT, 40) == golden_text()[:40]
     assert type(ssmcore.load(folder).tokenizer) is type(model.tokenizer)
     assert not [path for path in folder.iterdir() if ".tmp" in path.name]
