@@ -4,12 +4,10 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
-#include <string>
 #include <vector>
 
 #include "device_state.h"
 #include "launch.h"
-#include "ssmcore/error.h"
 
 namespace ssmcore::cuda {
 namespace {
@@ -73,11 +71,7 @@ Allocator& default_allocator(int index) {
   static std::mutex& mutex = *new std::mutex;
   static auto& allocators = *new std::vector<std::unique_ptr<PoolAllocator>>;
   const std::lock_guard<std::mutex> lock(mutex);
-  const int devices = device_count();
-  if (index < 0 || index >= devices)
-    throw Error(ErrorCode::unsupported, "device cuda:" + std::to_string(index) +
-                                            ": this machine has " + std::to_string(devices) +
-                                            " usable CUDA devices");
+  require_device(index, device_count());
   if (allocators.size() <= static_cast<size_t>(index)) allocators.resize(index + 1);
   auto& allocator = allocators[static_cast<size_t>(index)];
   if (!allocator) {

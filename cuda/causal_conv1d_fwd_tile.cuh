@@ -36,7 +36,12 @@ class CausalConv1dTile {
   // Channels [d, d + kChannels) of a row of the batch.
   __device__ CausalConv1dTile(const CausalConv1dFwdParams& p, const CausalConv1dFwdPlan& plan,
                               uint32_t* faults, int64_t batch, int64_t d)
-      : p(p), plan(plan), faults(faults), batch(batch), d(d), taps(p, plan, d) {
+      : p(p),
+        plan(plan),
+        faults(faults),
+        batch(batch),
+        d(d),
+        taps(p, plan, d, p.weight_dtype == DType::float32) {
     x = static_cast<const T*>(p.x.data) + batch * p.x.stride[0] + d * p.x.stride[1];
     out = static_cast<T*>(p.out.data) + batch * p.out.stride[0] + d * p.out.stride[1];
     if (p.seq_idx.data)
@@ -62,6 +67,7 @@ class CausalConv1dTile {
       const int64_t to = min(row_end, begins ? max(end, past_state) : end);
       if (begins) {
         const CausalConv1dState<T, kChannels> state(p, plan, row, d, faults);
+        state.check_slot();
         load_history(state);
         walk(from, to);
         state.update(x, row_begin, row_end);

@@ -14,7 +14,7 @@ class CausalConv1dState {
   __device__ __forceinline__ CausalConv1dState(const CausalConv1dFwdParams& p,
                                                const CausalConv1dFwdPlan& plan, int64_t row,
                                                int64_t d, uint32_t* faults)
-      : p(p), plan(plan) {
+      : p(p), plan(plan), row(row), d(d), faults(faults) {
     if (!p.initial_state.data && !p.final_state.data) return;
     int64_t slot = row;
     if (p.state_indices.data)
@@ -32,6 +32,14 @@ class CausalConv1dState {
         static_cast<const int32_t*>(p.cache_seqlens.data)[row * p.cache_seqlens.stride[0]];
     if (seen < 0) report(faults, Fault::causal_conv1d_cache_seqlens);
     next = max(seen, 0) % p.state_len;
+  }
+
+  // For the threads that update the states of a row.
+  __device__ __forceinline__ void check_slot() const {
+    if (p.state_indices.data)
+      report_shared_slot(static_cast<const int32_t*>(p.state_indices.data),
+                         p.state_indices.stride[0], row, d / kChannels, p.dim / kChannels, faults,
+                         Fault::causal_conv1d_shared_slot);
   }
 
   // The input `back` steps before the first: 1 to width - 1.
@@ -102,6 +110,8 @@ class CausalConv1dState {
 
   const CausalConv1dFwdParams& p;
   const CausalConv1dFwdPlan& plan;
+  int64_t row, d;
+  uint32_t* faults;
   const T* initial = nullptr;  // null: zeros
   T* final = nullptr;          // null: not wanted
   int64_t next = 0;            // where a circular state has the next input

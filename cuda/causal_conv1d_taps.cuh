@@ -18,18 +18,36 @@ struct CausalConv1dFwdPlan {
   bool state_vectors;   // the states can be read by vectors
 };
 
-// N contiguous values, 16 bytes at a time.
+// N neighbouring weights, of T or float32, as they are in memory: so loads run ahead of what waits
+// for others.
 template <typename T, int N>
-__device__ __forceinline__ void load_floats(const T* from, float (&to)[N]) {
-  constexpr int kStep = N < kVectorSize<T> ? N : kVectorSize<T>;
-#pragma unroll
-  for (int i = 0; i < N; i += kStep) {
-    float some[kStep];
-    to_floats(load_words<kStep>(from + i), some);
-#pragma unroll
-    for (int j = 0; j < kStep; ++j) to[i + j] = some[j];
+struct CausalConv1dWeights {
+  uint32_t words[N];  // 16-bit values two a word, a single one in the lower half
+
+  __device__ __forceinline__ void load(const void* data, bool is_float32, int64_t at) {
+    if (is_float32)
+      load(static_cast<const float*>(data) + at);
+    else
+      load(static_cast<const T*>(data) + at);
   }
-}
+  __device__ __forceinline__ float value(bool is_float32, int i) const {
+    if (sizeof(T) == 4 || is_float32) return __uint_as_float(words[i]);
+    const auto half = static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16));
+    return to_float(reinterpret_cast<const T&>(half));
+  }
+
+ private:
+  template <typename W>
+  __device__ __forceinline__ void load(const W* from) {
+    constexpr int kStep = N < kVectorSize<W> ? N : kVectorSize<W>, kCount = Words<W, kStep>::kCount;
+#pragma unroll
+    for (int i = 0; i < N / kStep; ++i) {
+      const auto some = load_words<kStep>(from + i * kStep);
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) words[i * kCount + j] = some.words.value[j];
+    }
+  }
+};
 
 // The weights of kChannels channels: kWidth taps, of which the first may be missing if kWidth is
 // kMaxConvWidth. More than one channel takes vectors.
@@ -41,41 +59,54 @@ struct CausalConv1dTaps {
     return kWidth == kMaxConvWidth ? kWidth - static_cast<int>(p.width) : 0;
   }
 
+  // is_float32: the weight, as opposed to the bias, which has a type of its own.
   __device__ __forceinline__ CausalConv1dTaps(const CausalConv1dFwdParams& p,
-                                              const CausalConv1dFwdPlan& plan, int64_t d) {
-    if (p.weight_dtype == DType::float32)
-      load_weight(p, plan, static_cast<const float*>(p.weight.data) + d * p.weight.stride[0]);
-    else
-      load_weight(p, plan, static_cast<const T*>(p.weight.data) + d * p.weight.stride[0]);
-#pragma unroll
-    for (float& b : bias) b = 0.0f;
-    if (!p.bias.data) return;
-    if (p.bias_dtype == DType::float32)
-      load_floats(static_cast<const float*>(p.bias.data) + d * p.bias.stride[0], bias);
-    else
-      load_floats(static_cast<const T*>(p.bias.data) + d * p.bias.stride[0], bias);
+                                              const CausalConv1dFwdPlan& plan, int64_t d,
+                                              bool is_float32) {
+    if constexpr (kChannels > 1)
+      if (!plan.weight_vectors) load_by_channel(p, d, is_float32);
+    if (kChannels == 1 || plan.weight_vectors) load_by_tap(p, d, is_float32);
   }
 
  private:
-  template <typename W>
-  __device__ __forceinline__ void load_weight(const CausalConv1dFwdParams& p,
-                                              const CausalConv1dFwdPlan& plan, const W* from) {
-    if constexpr (kChannels == 1) {
+  using Channels = CausalConv1dWeights<T, kChannels>;
+
+  static __device__ __forceinline__ Channels load_bias(const CausalConv1dFwdParams& p, int64_t d) {
+    Channels biases{};
+    if (p.bias.data) biases.load(p.bias.data, p.bias_dtype == DType::float32, d * p.bias.stride[0]);
+    return biases;
+  }
+  __device__ __forceinline__ void set_bias(const CausalConv1dFwdParams& p, const Channels& biases) {
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k)
-        weight[k][0] =
-            k < missing(p) ? 0.0f : to_float(from[(k - missing(p)) * p.weight.stride[1]]);
-    } else if (plan.weight_vectors) {
+    for (int i = 0; i < kChannels; ++i) bias[i] = biases.value(p.bias_dtype == DType::float32, i);
+  }
+
+  __device__ __forceinline__ void load_by_channel(const CausalConv1dFwdParams& p, int64_t d,
+                                                  bool is_float32) {
+    CausalConv1dWeights<T, kChannels * kWidth> rows;
+    rows.load(p.weight.data, is_float32, d * p.weight.stride[0]);
+    const Channels biases = load_bias(p, d);
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) load_floats(from + k * p.weight.stride[1], weight[k]);
-    } else {
-      float rows[kChannels * kWidth];
-      load_floats(from, rows);
+    for (int k = 0; k < kWidth; ++k)
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k)
+      for (int i = 0; i < kChannels; ++i) weight[k][i] = rows.value(is_float32, i * kWidth + k);
+    set_bias(p, biases);
+  }
+
+  __device__ __forceinline__ void load_by_tap(const CausalConv1dFwdParams& p, int64_t d,
+                                              bool is_float32) {
+    Channels taps[kWidth] = {};
 #pragma unroll
-        for (int i = 0; i < kChannels; ++i) weight[k][i] = rows[i * kWidth + k];
-    }
+    for (int k = 0; k < kWidth; ++k)
+      if (k >= missing(p))
+        taps[k].load(p.weight.data, is_float32,
+                     d * p.weight.stride[0] + (k - missing(p)) * p.weight.stride[1]);
+    const Channels biases = load_bias(p, d);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k)
+#pragma unroll
+      for (int i = 0; i < kChannels; ++i) weight[k][i] = taps[k].value(is_float32, i);
+    set_bias(p, biases);
   }
 };
 

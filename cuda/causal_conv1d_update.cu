@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads)
   Channels window[kWidth];  // the inputs that a step sees, oldest first
 #pragma unroll
   for (int k = 0; k < kHistory; ++k) window[k] = state.input(kHistory - k);
-  const CausalConv1dTaps<T, kChannels, kWidth> taps(p, plan, d);
+  const CausalConv1dTaps<T, kChannels, kWidth> taps(p, plan, d, p.weight_dtype == DType::float32);
 
   for (int64_t t = 0; t < p.seqlen; ++t) {
     window[kHistory] = load_words<kChannels>(x + t * p.x.stride[2]);
@@ -46,6 +46,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int k = 0; k < kHistory; ++k) window[k] = window[k + 1];
   }
   state.update(x, 0, p.seqlen);
+  state.check_slot();
 }
 
 template <typename T, int kChannels, int kWidth>

@@ -17,10 +17,16 @@ const char* message(Fault fault) {
     case Fault::selective_scan_state_indices:
       return "selective_scan or selective_state_update: state_indices holds an index beyond the "
              "slots";
+    case Fault::selective_scan_shared_slot:
+      return "selective_scan or selective_state_update: state_indices holds a slot twice; slots "
+             "must differ";
     case Fault::causal_conv1d_cu_seqlens:
       return "causal_conv1d: cu_seqlens does not ascend from 0 to the sequence length";
     case Fault::causal_conv1d_state_indices:
       return "causal_conv1d or causal_conv1d_update: state_indices holds an index beyond the slots";
+    case Fault::causal_conv1d_shared_slot:
+      return "causal_conv1d or causal_conv1d_update: state_indices holds a slot twice; slots must "
+             "differ";
     case Fault::causal_conv1d_cache_seqlens:
       return "causal_conv1d_update: cache_seqlens holds a negative entry";
     case Fault::embedding_token_ids:
@@ -46,6 +52,11 @@ __global__ void probe_kernel() {}
 
 }  // namespace
 
+void require_device(int index, int count) {
+  if (index < 0 || index >= count)
+    unsupported(index, "this machine has " + std::to_string(count) + " usable CUDA devices");
+}
+
 DeviceGuard::DeviceGuard(int index) : index_(index) {
   check(cudaGetDevice(&before_), "device");
   if (before_ != index_) check(cudaSetDevice(index_), "device");
@@ -62,8 +73,7 @@ DeviceState::DeviceState(int index) : index_(index) {
       status == cudaErrorInitializationError)
     unsupported(index, std::string("no usable GPU or driver (") + cudaGetErrorString(status) + ")");
   check(status, "device");
-  if (index < 0 || index >= count)
-    unsupported(index, "this machine has " + std::to_string(count) + " CUDA devices");
+  require_device(index, count);
   const DeviceGuard guard(index);
   int major = 0, minor = 0, shared = 0;
   check(cudaDeviceGetAttribute(&num_sms_, cudaDevAttrMultiProcessorCount, index), "device");

@@ -46,6 +46,9 @@ class DeviceState {
   std::unique_ptr<LinearPlans> linear_plans_;
 };
 
+// Throws Error(unsupported) unless a machine of `count` devices has this one.
+void require_device(int index, int count);
+
 // Makes a device current for as long as it lives.
 class DeviceGuard {
  public:

@@ -106,9 +106,13 @@ struct Place {
   }
 };
 
-template <int kVectors>
-__global__ void __launch_bounds__(kVectors == 1 ? kMaxThreads / 2 : kMaxThreads)
+// kPlain: neither residual nor gate. So little is loaded of a row that there must be many rows at a
+// time.
+template <int kVectors, bool kPlain>
+__global__ void __launch_bounds__(kVectors == 1 || kPlain ? kMaxThreads / 2 : kMaxThreads,
+                                  kPlain ? 5 : 0)
     rms_norm_fwd_kernel(const __grid_constant__ RmsNormFwdParams p, int lanes) {
+  const bool has_residual = !kPlain && p.residual.data, has_gate = !kPlain && p.z.data;
   const Place place(p, lanes);
   const auto begin = [&](int j) { return static_cast<int64_t>(place.lane + j * lanes) * kSize; };
   const auto is_inside = [&](int j) { return place.row < p.rows && begin(j) < p.group_size; };
@@ -116,14 +120,15 @@ __global__ void __launch_bounds__(kVectors == 1 ? kMaxThreads / 2 : kMaxThreads)
     return place.row * tensor.stride[0] + place.first + begin(j);
   };
 
-  Raw x[kVectors], residual[kVectors], z[kVectors];
+  Raw x[kVectors], residual[kVectors], z[kVectors], weight[kVectors];
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
     if (!is_inside(j)) continue;
     x[j] = load_raw(p.x.data, p.dtype, at(p.x, j));
-    if (p.residual.data)
-      residual[j] = load_raw(p.residual.data, p.residual_dtype, at(p.residual, j));
-    if (p.z.data) z[j] = load_raw(p.z.data, p.z_dtype, at(p.z, j));
+    if (has_residual) residual[j] = load_raw(p.residual.data, p.residual_dtype, at(p.residual, j));
+    if (has_gate) z[j] = load_raw(p.z.data, p.z_dtype, at(p.z, j));
+    if (kPlain && p.weight.data)
+      weight[j] = load_raw(p.weight.data, p.weight_dtype, place.first + begin(j));
   }
 
   float r[kVectors][kSize], squares = 0.0f;
@@ -131,15 +136,15 @@ __global__ void __launch_bounds__(kVectors == 1 ? kMaxThreads / 2 : kMaxThreads)
   for (int j = 0; j < kVectors; ++j) {
     if (!is_inside(j)) continue;
     to_floats(x[j], p.dtype, r[j]);
-    if (p.residual.data) {
+    if (has_residual) {
       float values[kSize];
       to_floats(residual[j], p.residual_dtype, values);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) r[j][i] += values[i];
     }
-    if (p.residual_out.data)
+    if (!kPlain && p.residual_out.data)
       store(p.residual_out.data, p.residual_out_dtype, at(p.residual_out, j), r[j]);
-    if (p.z.data && !p.norm_before_gate) {
+    if (has_gate && !p.norm_before_gate) {
       float values[kSize];
       to_floats(z[j], p.z_dtype, values);
 #pragma unroll
@@ -158,12 +163,13 @@ __global__ void __launch_bounds__(kVectors == 1 ? kMaxThreads / 2 : kMaxThreads)
     for (int i = 0; i < kSize; ++i) r[j][i] *= scale;
     float values[kSize];
     if (p.weight.data) {
-      to_floats(load_raw(p.weight.data, p.weight_dtype, place.first + begin(j)), p.weight_dtype,
-                values);
+      to_floats(
+          kPlain ? weight[j] : load_raw(p.weight.data, p.weight_dtype, place.first + begin(j)),
+          p.weight_dtype, values);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) r[j][i] *= values[i];
     }
-    if (p.z.data && p.norm_before_gate) {
+    if (has_gate && p.norm_before_gate) {
       to_floats(z[j], p.z_dtype, values);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) r[j][i] *= silu(values[i]);
@@ -248,13 +254,16 @@ void rms_norm_fwd(const RmsNormFwdParams& p, const Exec& exec) {
     launch_rms_norm_fwd(rms_norm_fwd_elements_kernel, p, lanes_for(p.group_size, kElementThreads),
                         exec);
   else if (vectors <= kMaxThreads / 2)
-    launch_rms_norm_fwd(rms_norm_fwd_kernel<1>, p, lanes_for(vectors, kMaxThreads), exec);
+    launch_rms_norm_fwd(rms_norm_fwd_kernel<1, false>, p, lanes_for(vectors, kMaxThreads), exec);
+  else if (vectors <= kMaxThreads && !p.residual && !p.residual_out && !p.z)
+    launch_rms_norm_fwd(rms_norm_fwd_kernel<2, true>, p,
+                        lanes_for(ceil_div(vectors, 2), kMaxThreads), exec);
   else if (vectors <= 2 * kMaxThreads)
-    launch_rms_norm_fwd(rms_norm_fwd_kernel<2>, p, lanes_for(ceil_div(vectors, 2), kMaxThreads),
-                        exec);
+    launch_rms_norm_fwd(rms_norm_fwd_kernel<2, false>, p,
+                        lanes_for(ceil_div(vectors, 2), kMaxThreads), exec);
   else
-    launch_rms_norm_fwd(rms_norm_fwd_kernel<4>, p, lanes_for(ceil_div(vectors, 4), kMaxThreads),
-                        exec);
+    launch_rms_norm_fwd(rms_norm_fwd_kernel<4, false>, p,
+                        lanes_for(ceil_div(vectors, 4), kMaxThreads), exec);
 }
 
 }  // namespace ssmcore::cuda

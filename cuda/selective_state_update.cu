@@ -85,6 +85,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 6)
   const T z = p.z.data != nullptr ? activation(p.z) : T{};
   const float bias = parameter(p.delta_bias), D = parameter(p.D);
   const int64_t slot = scan_slot(p, row, faults);
+  if (p.state_indices.data != nullptr && blockIdx.x == 0 && blockIdx.z == 0)
+    report_shared_slot(static_cast<const int32_t*>(p.state_indices.data), p.state_indices.stride[0],
+                       row, threadIdx.x, blockDim.x, faults, Fault::selective_scan_shared_slot);
   const auto state_of = [&](const Strided<4>& state) {
     return static_cast<float*>(state.data) + max(slot, int64_t{0}) * state.stride[0] +
            head * state.stride[1];

@@ -22,9 +22,17 @@ __device__ __forceinline__ Words<T, N> load_words(const T* from) {
   using Word = typename Words<T, N>::Word;
   return {load_vector<Words<T, N>::kCount>(reinterpret_cast<const Word*>(from))};
 }
+// To global memory. 16 bytes by name: the compiler may take the assignment of a struct apart into a
+// store a word.
 template <typename T, int N>
 __device__ __forceinline__ void store_words(T* to, const Words<T, N>& from) {
-  store_vector(reinterpret_cast<typename Words<T, N>::Word*>(to), from.words);
+  const auto& value = from.words.value;
+  if constexpr (Words<T, N>::kBytes == 16)
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(value[0]), "r"(value[1]),
+                 "r"(value[2]), "r"(value[3])
+                 : "memory");
+  else
+    store_vector(reinterpret_cast<typename Words<T, N>::Word*>(to), from.words);
 }
 
 template <typename T, int N>

@@ -118,13 +118,6 @@ def refuses_value(backend: Backend, operator: str, argument: str, *words: str) -
         yield
 
 
-def skip_repeated_slots(backend: Backend, name: str, bad: Any) -> None:
-    """Skips a test whose bad argument is state_indices that name a slot twice, on a GPU."""
-    repeats = name == "state_indices" and len(np.unique(bad)) < len(bad)
-    if repeats and not backend.sees_values:
-        pytest.skip("a GPU does not look for slots that are named twice")
-
-
 @contextmanager
 def refuses(*words: str) -> Iterator[None]:
     """The block raises InvalidArgumentError with a message that holds each of `words` as a word.

@@ -18,7 +18,6 @@ from helpers import (
     place,
     refuses,
     refuses_value,
-    skip_repeated_slots,
     with_adjacent,
 )
 from hypothesis import given
@@ -293,6 +292,5 @@ def test_bad_argument(backend: Backend, name: str, bad: Any, words: list[str]) -
 )
 def test_update_bad_argument(backend: Backend, name: str, bad: Any, words: list[str]) -> None:
     inputs = {**ConvUpdateCase().inputs(), name: bad}
-    skip_repeated_slots(backend, name, bad)
     with refuses_value(backend, "causal_conv1d_update", name, *words):
         update(backend, inputs)

@@ -16,7 +16,6 @@ from helpers import (
     assert_same_bits,
     place,
     refuses_value,
-    skip_repeated_slots,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -190,7 +189,6 @@ def test_only_the_window_is_read(backend: Backend) -> None:
 def test_bad_argument(backend: Backend, name: str, bad: np.ndarray, words: list[str]) -> None:
     inputs = {**ConvUpdateCase(cache_seqlens=(4, 0, 2)).inputs(), name: bad}
     before = inputs["conv_state"].copy()
-    skip_repeated_slots(backend, name, bad)
     with refuses_value(backend, "causal_conv1d_update", name, *words):
         update(backend, inputs)
     assert_same_bits(inputs["conv_state"], before)

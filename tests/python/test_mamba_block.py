@@ -17,7 +17,6 @@ from helpers import (
     assert_same_bits,
     refuses,
     refuses_value,
-    skip_repeated_slots,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -338,7 +337,6 @@ def test_convolution_weight_must_be_depthwise(backend: Backend) -> None:
 def test_bad_argument(backend: Backend, name: str, bad: Any, words: list[str]) -> None:
     case = BlockCase()
     inputs = {**case.inputs(), **case.states(), name: bad}
-    skip_repeated_slots(backend, name, bad)
     with refuses_value(backend, "mamba_block", name, *words):
         backend.call(ops.mamba_block, **inputs)
 

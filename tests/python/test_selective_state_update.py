@@ -17,7 +17,6 @@ from helpers import (
     place,
     refuses,
     refuses_value,
-    skip_repeated_slots,
     with_adjacent,
 )
 
@@ -50,6 +49,18 @@ def test_only_the_slots_named_change(backend: Backend) -> None:
     assert_same_bits(state[[0, 2, 4]], before[[0, 2, 4]])
     assert np.isfinite(state[[1, 3]]).all()
     assert not np.any(state[[1, 3]] == before[[1, 3]])
+
+
+@pytest.mark.parametrize("dim", [8, 1000])
+@pytest.mark.parametrize("dstate", [16, 6])
+def test_slots_named_twice_by_rows_far_apart(backend: Backend, dim: int, dstate: int) -> None:
+    inputs = StateUpdateCase(batch=300, dim=dim, dstate=dstate).inputs()
+    inputs["state_indices"] = np.arange(300, dtype=np.int32)
+    inputs["state_indices"][7:290] = -1  # which none of them is
+    step(backend, inputs)
+    inputs["state_indices"][299] = 1
+    with refuses_value(backend, "selective_state_update", "state_indices", "1", "twice"):
+        step(backend, inputs)
 
 
 def test_a_negative_slot_starts_from_zeros(backend: Backend) -> None:
@@ -188,7 +199,6 @@ def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
 )
 def test_bad_argument(backend: Backend, name: str, bad: np.ndarray, words: list[str]) -> None:
     inputs = {**StateUpdateCase().inputs(), name: bad}
-    skip_repeated_slots(backend, name, bad)
     with refuses_value(backend, "selective_state_update", name, *words):
         step(backend, inputs)
 

@@ -16,7 +16,6 @@ from helpers import (
     assert_same_bits,
     place,
     refuses_value,
-    skip_repeated_slots,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -211,6 +210,5 @@ def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
     ],
 )
 def test_bad_argument(backend: Backend, name: str, bad: np.ndarray, words: list[str]) -> None:
-    skip_repeated_slots(backend, name, bad)
     with refuses_value(backend, "selective_state_update", name, *words):
         step(backend, {**HEADS.inputs(), name: bad})

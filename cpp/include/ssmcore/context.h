@@ -53,8 +53,9 @@ class Context {
   cuda::DeviceState& cuda() const { return *cuda_; }
 
   // Waits for what was launched on `stream`, a device stream. Throws Error(device_error) where the
-  // device failed, and Error(invalid_argument) where a kernel met an index that is out of range:
-  // on a GPU nobody can look at indices before. (The next call on the context throws that too.)
+  // device failed, and Error(invalid_argument) where a kernel met an index that is out of range
+  // or a slot that two rows name: on a GPU nobody can look at indices before. (The next call on the
+  // context throws that too.)
   void synchronize(void* stream = nullptr) const;
 
   int num_threads() const;

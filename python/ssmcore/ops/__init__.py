@@ -12,7 +12,8 @@ Packed sequences lie one after another in a batch of 1, sequence s in the steps
 On a GPU a call runs on the current stream of the first argument's library, and returns before it is
 done where all arrays belong to that library. Indices (`cu_seqlens`, `state_indices`, token ids, …)
 cannot be looked at before it runs: bad ones are never followed, and reported by the next call on
-the device, by `ssmcore.synchronize`, or at once with `check=True`, which waits for the call. With
+the device, by `ssmcore.synchronize`, or at once with `check=True`, which waits for the call. So are
+slots that `state_indices` names twice, whose states are then undefined. With
 `batch_invariant=True` the bits of a row's result do not depend on its batch, for some speed; on the
 CPU they never do.
 
