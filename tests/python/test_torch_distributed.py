@@ -53,6 +53,9 @@ def train(rank: int, port: int, method: str, file: Path) -> None:
         }
         if rank == 0:
             torch.save(whole, file)
+        # While this waits, Gloo's threads can drop what they hold of Python. Destroying the group
+        # before they have would wait for them with the interpreter's lock, which they wait for.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
