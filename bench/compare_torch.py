@@ -1,7 +1,7 @@
 """Training and generation of the bundled model in PyTorch, beside transformers alone.
 
-    python bench/compare_torch.py train ssmcore|patched|transformers [--steps N] [--threads N]
-    python bench/compare_torch.py generate [--tokens N] [--rounds N] [--threads N]
+    python bench/compare_torch.py train ssmcore|patched|transformers [--steps N]
+    python bench/compare_torch.py generate [--tokens N] [--rounds N] [--ssmcore-threads N]
 
 A training step is forward, backward and torch's AdamW, in float32, on 4 sequences of 512 bytes of
 tests/data: of ssmcore.torch's own model, of transformers' with `patch_transformers`, or of
@@ -107,10 +107,11 @@ def main() -> None:
     generation.add_argument("--tokens", type=int, default=200)
     generation.add_argument("--rounds", type=int, default=5)
     for command in (training, generation):
-        command.add_argument("--threads", type=int, default=2)
+        command.add_argument("--threads", type=int, default=2, help="of torch")
+        command.add_argument("--ssmcore-threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    ssmcore.set_num_threads(options.threads)
+    ssmcore.set_num_threads(options.ssmcore_threads)
     if options.command == "train":
         train(options.which, options.steps)
     else:
