@@ -24,7 +24,8 @@ def advance(
 
     Args:
         mixer: a module with the published parameters of a Mamba block.
-        conv_state: (B, D, W), the last inputs of the convolution, oldest first.
+        conv_state: (B, D, W), the last inputs of the convolution, oldest first. The oldest of them,
+            which is not needed again, is left as it is.
         ssm_state: (B, D, N).
         dt_B_C_norm_eps: as for `ssmcore.ops.mamba_block`; 0: no norms.
     """
@@ -32,10 +33,6 @@ def advance(
     if is_autocast(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     exact_conv, exact_ssm = cast(conv_state, x.dtype), cast(ssm_state, torch.float32)
-    # The block remembers W - 1 inputs; the oldest of W is there for others to read.
-    seqlen, width = x.shape[1], conv_state.shape[2]
-    if 0 < seqlen < width:
-        exact_conv[..., 0] = exact_conv[..., seqlen]
     # A traced program needs the operator; otherwise the way through it would take half the time.
     run = _mamba_block if torch.compiler.is_compiling() else _run_mamba_block
     out: Tensor = run(

@@ -153,6 +153,9 @@ class Mamba(nn.Module):
 
     @torch.no_grad()
     def _advance(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
+        seqlen = hidden_states.shape[1]
+        if 0 < seqlen < self.d_conv:
+            conv_state[..., 0] = conv_state[..., seqlen]  # for others to read
         return advance(self, hidden_states, conv_state, ssm_state)
 
     def allocate_inference_cache(

@@ -49,7 +49,7 @@ def patch_transformers() -> ExitStack:
             _replace(patched, module, function, replacement)
         mixer_class, norm_class = getattr(module, mixer), getattr(module, norm)
         _replace(patched, mixer_class, "forward", _mixer_forward(mixer_class.forward))
-        _replace(patched, norm_class, "forward", _norm_forward)
+        _replace(patched, norm_class, "forward", _norm_forward(norm_class.forward))
     return patched
 
 
@@ -89,14 +89,17 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
-    if hidden_states.dtype != self.weight.dtype:
-        # transformers multiplies by the weight after rounding, in the wider type.
-        normed = rms_norm_fn(hidden_states, None, None, eps=self.variance_epsilon)
-        out: Tensor = self.weight * normed
+def _norm_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A norm's forward: one operator in training; for a token, `original` takes no longer."""
+
+    @functools.wraps(original)
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() or hidden_states.dtype != self.weight.dtype:
+            return original(self, hidden_states)
+        out: Tensor = rms_norm_fn(hidden_states, self.weight, None, eps=self.variance_epsilon)
         return out
-    out = rms_norm_fn(hidden_states, self.weight, None, eps=self.variance_epsilon)
-    return out
+
+    return forward
 
 
 def _mixer_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -122,15 +125,23 @@ def _mixer_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return forward
 
 
+_LAYERS = {
+    "in_proj": nn.Linear,
+    "conv1d": nn.Conv1d,
+    "x_proj": nn.Linear,
+    "dt_proj": nn.Linear,
+    "out_proj": nn.Linear,
+}
+
+
 def _is_plain(mixer: Any) -> bool:
-    """Whether the block's layers are as transformers makes them, without hooks."""
-    products = (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
-    return (
-        all(type(product) is nn.Linear and not hasattr(product, "_hf_hook") for product in products)
-        and type(mixer.conv1d) is nn.Conv1d
-        and not hasattr(mixer.conv1d, "_hf_hook")
-        and mixer.activation in ("silu", "swish")
-    )
+    """Whether the block's layers are as transformers makes them, without hooks of accelerate."""
+    layers = mixer._modules
+    for name, kind in _LAYERS.items():
+        layer = layers[name]
+        if type(layer) is not kind or "_hf_hook" in layer.__dict__:
+            return False
+    return mixer.activation in ("silu", "swish")
 
 
 def _masks(attention_mask: Tensor | None) -> bool:
