@@ -54,7 +54,8 @@ def random_model(shape: str, device: str, dtype: str | None) -> Model:
         raise InvalidArgumentError(f"bench: shape should be one of {', '.join(SHAPES)}: {shape!r}")
     stored = dtype or ("float32" if device == "cpu" else "bfloat16")
     find_cublaslt()
-    return Model(_core.LanguageModel(random_checkpoint(shape, stored), stored, device), None)
+    checkpoint = random_checkpoint(shape, stored)
+    return Model(_core.LanguageModel(checkpoint, stored, device=device), None)
 
 
 def memory_in_use(device: str) -> int:

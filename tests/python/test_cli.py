@@ -250,6 +250,13 @@ def test_bench(tmp_path, device):
         assert row["new_tokens_per_second"] == pytest.approx(4 * batch / seconds)
 
 
+def test_bench_of_a_published_shape():
+    sizes = ["--batch", "1", "--prompt", "8", "--new", "2", "--dtype", "bf16", "--device", "cpu"]
+    done = run("bench", "--shape", "130m", *sizes)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "129,135,360 parameters" in done.stdout.decode()
+
+
 @pytest.mark.parametrize(
     "arguments, match",
     [

@@ -61,11 +61,14 @@ void selective_scan_fwd(const SelectiveScanFwdArgs& args, const Exec& exec);
 // The gradients of a scalar whose gradients with respect to out and last_state are given. Running
 // backward with dy = dout SiLU(z), and with overlines for complex conjugates:
 //
-//   dh[n](t)     = C̄[n](t) dy(t) + exp(Δ(t + 1) Ā[d, n]) dh[n](t + 1)         (complex A: 2 C̄ dy +
-//   …) dC[n](t)     = Σ_d h̄[n](t) dy(t)                                          (complex A: 2 h̄
-//   dy) dB[n](t)     = Σ_d dh[n](t) Δ(t) u(t) dA[d, n]     = Σ_t Δ(t) q[n](t),   q[n](t) = dh[n](t)
-//   exp(Δ(t) Ā[d, n]) h̄[n](t - 1) du(t)        = Δ(t) Re Σ_n dh[n](t) B̄[n](t) + D[d] dy(t) dΔ(t) =
-//   Re Σ_n (dh[n](t) B̄[n](t) u(t) + q[n](t) Ā[d, n])
+//   dh[n](t) = C̄[n](t) dy(t) + exp(Δ(t + 1) Ā[d, n]) dh[n](t + 1)          (complex A: 2 C̄ dy + …)
+//   q[n](t)  = dh[n](t) exp(Δ(t) Ā[d, n]) h̄[n](t - 1)
+//
+//   dA[d, n] = Σ_t Δ(t) q[n](t)
+//   dB[n](t) = Σ_d dh[n](t) Δ(t) u(t)
+//   dC[n](t) = Σ_d h̄[n](t) dy(t)                                            (complex A: 2 h̄ dy)
+//   du(t)    = Δ(t) Re Σ_n dh[n](t) B̄[n](t) + D[d] dy(t)
+//   dΔ(t)    = Re Σ_n (dh[n](t) B̄[n](t) u(t) + q[n](t) Ā[d, n])
 //
 // The states h are computed again, from chunk_states where the forward saved them.
 struct SelectiveScanBwdArgs {
