@@ -7,6 +7,7 @@
 
 #include "ssmcore/context.h"
 #include "ssmcore/tensor.h"
+#include "thread_pool.h"
 
 namespace ssmcore {
 
@@ -62,11 +63,12 @@ class Scratch {
   size_t used_ = 0;
 };
 
-// Workers that a loop of so many multiply-adds is worth waking: each wake-up costs
-// about what a worker does in a microsecond or two.
+// Workers that a loop of so many multiply-adds is worth. One that looks for work joins in a
+// microsecond or two; to wake those that sleep takes tens.
 __attribute__((always_inline)) inline int useful_workers(int64_t multiply_adds,
                                                          const Context& context) {
-  constexpr int64_t kPerWorker = 1 << 17;
+  constexpr int64_t kPerWorker = 1 << 17, kToWake = 1 << 21;
+  if (multiply_adds < kToWake && context.thread_pool().is_asleep()) return 1;
   const int64_t workers = 1 + multiply_adds / kPerWorker;
   const int threads = context.num_threads();
   return workers < threads ? static_cast<int>(workers) : threads;

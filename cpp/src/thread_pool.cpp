@@ -59,6 +59,7 @@ class ThreadPool::Workers {
   ~Workers() { stop(); }
 
   int num_threads() const { return num_threads_.load(std::memory_order_relaxed); }
+  bool is_asleep() const { return num_awake_.load(std::memory_order_relaxed) == 0; }
   bool forked() const { return owner_pid_ != getpid(); }
 
   void set_num_threads(int num_threads) {
@@ -143,23 +144,28 @@ class ThreadPool::Workers {
   }
 
   void work(uint64_t seen) {
+    num_awake_.fetch_add(1, std::memory_order_relaxed);
     for (;;) {
       const auto called = [&] { return generation_.load(std::memory_order_acquire) != seen; };
       if (!spin_until(called)) {
+        num_awake_.fetch_sub(1, std::memory_order_relaxed);
         std::unique_lock<std::mutex> lock(wake_mutex_);
         wake_.wait(lock, called);
+        num_awake_.fetch_add(1, std::memory_order_relaxed);
       }
       seen = generation_.load(std::memory_order_acquire);
-      if (stopping_) return;
+      if (stopping_) break;
       if (!join()) continue;
       const int worker = next_worker_.fetch_add(1, std::memory_order_relaxed);
       if (worker < max_workers_) run_tasks(worker);
       joined_.fetch_sub(1, std::memory_order_release);
     }
+    num_awake_.fetch_sub(1, std::memory_order_relaxed);
   }
 
   std::mutex use_;  // held by the thread whose loop is running
   std::atomic<int> num_threads_{1};
+  std::atomic<int> num_awake_{0};     // workers
   std::vector<std::thread> threads_;  // all but the callers'
   const int owner_pid_ = getpid();
 
@@ -195,6 +201,10 @@ void ThreadPool::set_num_threads(int num_threads) {
     workers_->set_num_threads(num_threads);
   else
     workers_ = std::make_unique<Workers>(num_threads);
+}
+
+bool ThreadPool::is_asleep() const {
+  return workers_->is_asleep();
 }
 
 void ThreadPool::run(int64_t num_tasks, int max_workers, const void* body, TaskFn call) {

@@ -17,6 +17,9 @@ class ThreadPool {
   int num_threads() const;
   void set_num_threads(int num_threads);
 
+  // Whether all workers sleep, so that a loop would have to wake one.
+  bool is_asleep() const;
+
   // Calls body(task, worker) once for every task in [0, num_tasks); `worker`, in
   // [0, max_workers), is unique among the calls running at one time. Tasks must neither throw nor
   // use the pool. When another thread is using it, the caller runs all tasks itself; and it never
