@@ -123,6 +123,14 @@ void Decoder::check_slots(const std::vector<int32_t>& slots) const {
   check.state_indices(view, count, state_.num_slots());
 }
 
+void Decoder::check_admitted(const std::vector<int32_t>& slots) const {
+  check_slots(slots);
+  for (const int32_t slot : slots)
+    Checks(kOp, {}).require(history_lengths_[static_cast<size_t>(slot)] > 0, [&] {
+      return "slot " + std::to_string(slot) + " has no sequence: none was admitted to it";
+    });
+}
+
 void Decoder::set_slots(const std::vector<int32_t>& slots, int64_t rows) {
   std::vector<int32_t> all = slots;
   all.resize(static_cast<size_t>(rows), -1);
@@ -240,8 +248,9 @@ void Decoder::admit(const std::vector<DecoderPrompt>& prompts) {
   bool has_penalty = history_capacity_ > 0;
   for (const DecoderPrompt& prompt : prompts)
     has_penalty = has_penalty || prompt.settings.repetition_penalty != 1;
-  if (has_penalty)
-    for (const DecoderPrompt& prompt : prompts) reserve_history(prompt.length + 1);
+  int64_t longest = 0;
+  for (const DecoderPrompt& prompt : prompts) longest = std::max(longest, prompt.length + 1);
+  if (has_penalty) reserve_history(longest);
 
   LanguageModelFwdArgs args;
   args.token_ids =
@@ -271,19 +280,20 @@ void Decoder::admit(const std::vector<DecoderPrompt>& prompts) {
 }
 
 void Decoder::step(const std::vector<int32_t>& slots) {
-  check_slots(slots);
+  check_admitted(slots);
   Checks(kOp, {}).require(results_.size() < kMaxResults,
                           [] { return std::string("two results wait to be taken"); });
   const int64_t rows = padded(static_cast<int64_t>(slots.size()));
-  for (const int32_t slot : slots) {
-    const int64_t length = ++history_lengths_[static_cast<size_t>(slot)];
-    if (history_capacity_ > 0) reserve_history(length);
-  }
+  int64_t longest = 0;
+  for (const int32_t slot : slots)
+    longest = std::max(longest, history_lengths_[static_cast<size_t>(slot)] + 1);
+  if (history_capacity_ > 0) reserve_history(longest);
   SampleArgs draws = sample_args(of_step_, rows, context_.device());
   draws.logits =
       TensorView(logits_, DType::float32, {rows, model_.config().vocab_size}, context_.device());
   reserve_workspace(
       std::max(model_.workspace_size(rows, 1, context_), sample_workspace_size(draws, context_)));
+  for (const int32_t slot : slots) ++history_lengths_[static_cast<size_t>(slot)];
   set_slots(slots, rows);
   if (!is_on_gpu_ || options_.without_graphs || known_rows_.insert(rows).second) {
     feed(rows, true, stream_);
@@ -298,7 +308,7 @@ void Decoder::step(const std::vector<int32_t>& slots) {
 }
 
 void Decoder::read(const std::vector<int32_t>& slots) {
-  check_slots(slots);
+  check_admitted(slots);
   const int64_t rows = static_cast<int64_t>(slots.size());
   reserve_workspace(model_.workspace_size(rows, 1, context_));
   set_slots(slots, rows);
@@ -309,8 +319,8 @@ std::vector<int64_t> Decoder::take() {
   Checks(kOp, {}).require(!results_.empty(),
                           [] { return std::string("no result waits to be taken"); });
   const Result result = results_.front();
-  results_.pop_front();
   if (is_on_gpu_) cuda::wait_for_event(context_.cuda(), events_[result.place].get());
+  results_.pop_front();
   const int64_t* tokens = drawn_.get() + static_cast<int64_t>(result.place) * max_rows_;
   return {tokens, tokens + result.rows};
 }

@@ -161,6 +161,8 @@ LanguageModel::LanguageModel(const Checkpoint& checkpoint, const Context& contex
                  return std::string("dtype is ") + dtype_name(dtype_) +
                         ", expected float32, bfloat16 or float16";
                });
+  if (trainable_ && is_gpu(context))
+    throw Error(ErrorCode::unsupported, "language_model: a trainable model is for the CPU, so far");
   try {
     load(options.progress);
   } catch (...) {

@@ -135,6 +135,8 @@ void admit(Decoder& decoder, const std::vector<int32_t>& slots, const Ints& toke
     prompt.slot = slots[static_cast<size_t>(i)];
     prompt.token_ids = ids;
     prompt.length = lengths.at(i);
+    if (prompt.length < 0 || prompt.length > token_ids.data() + token_ids.size() - ids)
+      throw Error(ErrorCode::invalid_argument, "decoder: more lengths than token_ids");
     ids += prompt.length;
     prompt.settings = {temperature.at(i), static_cast<int32_t>(top_k.at(i)), top_p.at(i),
                        min_p.at(i),       repetition_penalty.at(i),          seed.at(i)};

@@ -83,15 +83,15 @@ class Decoder:
     def step(self, slots: Slots) -> None:
         """Feeds the sequences in `slots` their last token, and draws the next.
 
-        Raises InvalidArgumentError for a slot out of range or twice, more rows than slots, and
-        where two results wait to be taken.
+        Raises InvalidArgumentError for a slot out of range, twice or that nothing was admitted
+        to, more rows than slots, and where two results wait to be taken.
         """
         self._native.step(_as_slots(slots, "step"))
 
     def read(self, slots: Slots) -> None:
         """Feeds the sequences in `slots` their last token, and draws nothing.
 
-        The state has then read everything.
+        The state has then read everything. Raises InvalidArgumentError for slots as `step` does.
         """
         self._native.read(_as_slots(slots, "read"))
 

@@ -119,7 +119,8 @@ class Generation:
         launched = [rows]  # the rows of what has not been taken: some may have ended since
         for position in range(settings.max_new_tokens):
             is_last = position + 1 == settings.max_new_tokens
-            runs_ahead = decoder.runs_ahead and not is_last
+            # A caller's state is for the caller to stop at any token, and then has not read it.
+            runs_ahead = decoder.runs_ahead and not is_last and self._state is None
             if runs_ahead:
                 decoder.step(rows)
                 launched.append(rows)
@@ -136,13 +137,13 @@ class Generation:
                 if is_last or is_eos or continuation.stopped:
                     ended.append(row)
                 yield row, piece
-            if self._state is not None and ended and not runs_ahead:
+            if self._state is not None and ended:
                 # What is read next is no longer for this run to know, but follows all of it.
                 decoder.read(ended)
             rows = np.setdiff1d(rows, ended)
             if not rows.size:
                 return
-            if not decoder.runs_ahead:
+            if not runs_ahead:
                 decoder.step(rows)
                 launched.append(rows)
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from model_fixtures import PROMPT, golden, model_on
+from model_fixtures import PROMPT, golden, golden_text, model_on
 
 import ssmcore
 
@@ -134,6 +134,21 @@ def test_what_is_refused(model):
             decoder.admit([0], PROMPTS[:1], **{name: value})
     with pytest.raises(invalid, match="no result"):
         decoder.take()
+    decoder.admit([0], PROMPTS[:1])
+    decoder.take()
+    for call in (decoder.step, decoder.read):
+        with pytest.raises(invalid, match="slot 1 has no sequence"):
+            call([0, 1])
     # Nothing of this has changed anything.
     decoder.admit([0], [golden()["prompt"]])
     assert decoder.take() == golden()["greedy"][:1].tolist()
+
+
+def test_a_state_has_not_read_the_last_token_of_a_stream_that_is_left(device):
+    model = model_on(device)
+    state = model.new_state()
+    stream = model.stream(PROMPT, 256, state=state)
+    pieces = [next(stream) for _ in range(3)]
+    stream.close()
+    text = "".join(pieces) + model.generate(pieces[-1], 20, state=state)
+    assert text == golden_text()[:23]

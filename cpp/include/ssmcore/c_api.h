@@ -664,7 +664,8 @@ typedef struct ssmcore_model_options {
   size_t struct_size;
   ssmcore_dtype dtype; /* of the activations: float32, bfloat16 or float16; zeros: float32 on the
                           CPU, the type most weights are stored in on a GPU */
-  int64_t trainable;   /* flag: copies the weights as float32 to memory where they may be written */
+  int64_t trainable;   /* flag: copies the weights as float32 to memory where they may be written;
+                          on the CPU alone */
 } ssmcore_model_options;
 
 /* Loads a folder with config.json and model.safetensors, or shards with an index, to the context's

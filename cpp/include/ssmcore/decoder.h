@@ -63,7 +63,8 @@ class Decoder {
   // or with ids out of range, a slot that is out of range or comes twice, and where two results
   // wait to be taken; Error(out_of_memory) names what for.
   void admit(const std::vector<DecoderPrompt>& prompts);
-  // Feeds the sequences in these slots, all of them admitted, their last token and draws the next.
+  // Feeds the sequences in these slots their last token and draws the next. Throws
+  // Error(invalid_argument) for a slot that nothing was admitted to, and as admit() does.
   void step(const std::vector<int32_t>& slots);
   // Feeds them their last token, and draws nothing: so that the state has read all.
   void read(const std::vector<int32_t>& slots);
@@ -75,6 +76,7 @@ class Decoder {
   struct Result;
 
   void check_slots(const std::vector<int32_t>& slots) const;
+  void check_admitted(const std::vector<int32_t>& slots) const;
   void set_slots(const std::vector<int32_t>& slots, int64_t rows);
   int64_t padded(int64_t rows) const;
   void reserve_workspace(size_t bytes);

@@ -102,7 +102,8 @@ struct LoadOptions {
   // Of the activations: float32, bfloat16 or float16. By default float32 on the CPU, and the type
   // most weights are stored in on a GPU. Weights stay as stored,
   std::optional<DType> dtype;
-  // or are copied as float32 to memory of the model's own, where parameters() may be written.
+  // or are copied as float32 to memory of the model's own, where parameters() may be written: on
+  // the CPU alone.
   bool trainable = false;
   LoadProgress progress;  // optional
 };
