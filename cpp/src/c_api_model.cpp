@@ -71,10 +71,16 @@ LanguageModelTrainArgs lower(const ssmcore_model_loss_and_gradients_args& c) {
   args.num_targets = c.num_targets;
   args.recompute_layers = c.recompute_layers != 0;
   args.loss = tensor(c.loss, "loss");
+  if (c.num_gradients < 0)
+    throw Error(ErrorCode::invalid_argument, std::string(kTraining) + ": num_gradients is " +
+                                                 std::to_string(c.num_gradients) +
+                                                 ", expected at least 0");
   for (int64_t i = 0; i < c.num_gradients; ++i) {
     const ssmcore_named_gradient& given = required(kTraining, "gradients", c.gradients + i);
     const char* name = &required(kTraining, "a gradient's name", given.name);
-    args.gradients[name] = tensor(given.gradient, name);
+    if (!args.gradients.emplace(name, tensor(given.gradient, name)).second)
+      throw Error(ErrorCode::invalid_argument,
+                  std::string(kTraining) + ": the gradient of " + name + " is given twice");
   }
   return args;
 }

@@ -18,6 +18,9 @@ Checkpoint float32_copy(const Checkpoint& checkpoint) {
         throw Error(ErrorCode::invalid_checkpoint, "checkpoint: tensor " + name + " has dtype " +
                                                        dtype_name(stored.dtype) +
                                                        ", expected float32, bfloat16 or float16");
+      if (stored.device.type != DeviceType::cpu)
+        throw Error(ErrorCode::invalid_checkpoint, "checkpoint: tensor " + name + " is on " +
+                                                       to_string(stored.device) + ", expected cpu");
       if (!stored.is_contiguous())
         throw Error(ErrorCode::invalid_checkpoint,
                     "checkpoint: tensor " + name + " is not contiguous");

@@ -147,7 +147,7 @@ struct LanguageModel::Activations {
 
 LanguageModel::LanguageModel(const Checkpoint& checkpoint, const Context& context,
                              const LoadOptions& options)
-    : checkpoint_(options.trainable ? float32_copy(checkpoint) : checkpoint),
+    : checkpoint_(options.trainable && !is_gpu(context) ? float32_copy(checkpoint) : checkpoint),
       trainable_(options.trainable),
       serial_(next_serial()),
       context_(&context) {
@@ -166,8 +166,6 @@ LanguageModel::LanguageModel(const Checkpoint& checkpoint, const Context& contex
   try {
     load(options.progress);
   } catch (...) {
-    layers_.clear();
-    buffers_.clear();
     context.allocator().release_unused();
     throw;
   }
@@ -183,28 +181,40 @@ LanguageModel::~LanguageModel() {
   allocator.release_unused();
 }
 
+void LanguageModel::refresh() {
+  Checks("language_model", context_->device()).require(trainable_, [] {
+    return std::string("refresh() of a model that is not trainable");
+  });
+  load({});
+}
+
 void LanguageModel::load(const LoadProgress& progress) {
-  layers_.clear();
-  buffers_.clear();
-  WeightLoader loader(checkpoint_.tensors, *context_, buffers_, progress);
+  std::vector<Layer> layers;
+  std::vector<Buffer> buffers;
+  WeightLoader loader(checkpoint_.tensors, *context_, buffers, progress);
   constexpr int64_t kNoLayer = WeightLoader::kNoLayer;
   const int64_t d_model = config().d_model;
-  embedding_ = loader.matrix("embedding", kNoLayer, config().padded_vocab_size, d_model);
-  norm_f_ = loader.parameter("norm_f", kNoLayer, {d_model});
-  if (config().tie_embeddings) {
-    head_ = embedding_;
+  const TensorView embedding =
+      loader.matrix("embedding", kNoLayer, config().padded_vocab_size, d_model);
+  const TensorView norm_f = loader.parameter("norm_f", kNoLayer, {d_model});
+  TensorView head = embedding;
+  if (config().tie_embeddings)
     loader.ignore("lm_head");
-  } else {
-    head_ = loader.matrix("lm_head", kNoLayer, config().padded_vocab_size, d_model);
-  }
-  head_ = head_.slice(0, 0, config().vocab_size);
+  else
+    head = loader.matrix("lm_head", kNoLayer, config().padded_vocab_size, d_model);
   for (int64_t i = 0; i < static_cast<int64_t>(config().layers.size()); ++i) {
     Layer layer;
     layer.norm = loader.parameter("norm", i, {d_model});
     layer.mixer = make_mixer(config(), i, dtype_, loader);
-    layers_.push_back(std::move(layer));
+    layers.push_back(std::move(layer));
   }
   loader.finish();
+  // Only now: a refresh that fails leaves the model as it was.
+  layers_ = std::move(layers);
+  buffers_ = std::move(buffers);
+  embedding_ = embedding;
+  norm_f_ = norm_f;
+  head_ = head.slice(0, 0, config().vocab_size);
   if (parameters_.empty()) parameters_ = loader.taken();  // never others: pointers to them stay
 }
 

@@ -203,7 +203,7 @@ float loss_and_gradients(const LanguageModel& model, py::handle token_ids, py::h
   for (const auto& [key, gradient] : gradients) {
     const auto name = key.cast<std::string>();
     args.gradients[name] = {array(gradient, "the gradient of " + name), accumulate};
-    if (borrowed.back().read_only)
+    if (!gradient.is_none() && borrowed.back().read_only)
       throw Error(ErrorCode::invalid_argument,
                   op + "the gradient of " + name + " is read-only, but would be written");
   }

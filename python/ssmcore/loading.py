@@ -80,7 +80,7 @@ def load(
     if trainable and device == "auto":
         device = "cpu"
     device, activations = resolved_device(device), dtype_of(dtype)
-    folder = _BUNDLED if path_or_hub_id is None else _find(path_or_hub_id)
+    folder = _BUNDLED if path_or_hub_id is None else find_folder(path_or_hub_id)
     is_torch = any((folder / name).exists() for name in (_TORCH_FILE, _TORCH_INDEX))
     if is_torch and not _has_safetensors(folder):
         checkpoint = _open_torch_checkpoint(folder)
@@ -130,7 +130,7 @@ def dtype_of(name: str) -> str | None:
     return _DTYPES[name]
 
 
-def _find(path_or_hub_id: str | os.PathLike[str]) -> Path:
+def find_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
     """The folder meant, downloaded from the hub if need be."""
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():

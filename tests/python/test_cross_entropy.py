@@ -239,6 +239,7 @@ def test_bad_argument(gradient_backend: Backend, name: str, bad: Any, words: lis
         ("lse", np.zeros(7, np.float16), ["float16", "float32"]),
         ("dloss", np.zeros(6, np.float32), ["6", "7"]),
         ("dloss", np.zeros(7, np.float64), ["float64", "float32"]),
+        ("lse", np.zeros((7, 1), np.float32), ["(7, 1)", "(7,)"]),
         ("dlogits", np.zeros((7, 256), np.float32), ["256", "257"]),
         ("dlogits", np.zeros((7, 257), np.int64), ["int64"]),
     ],
@@ -247,6 +248,19 @@ def test_bad_argument_of_the_gradient(name: str, bad: np.ndarray, words: list[st
     arguments = {**backward_arguments(LossCase(), "none"), name: bad}
     with refuses("cross_entropy_bwd", name, *words):
         ops.cross_entropy_bwd(**arguments)
+
+
+def test_refuses_rows_that_it_could_only_write_in_a_copy() -> None:
+    logits, targets = np.ones((2, 4, 5), np.float32), np.zeros((2, 4), np.int64)
+    loss, lse = ops.cross_entropy(logits, targets, return_lse=True)
+    with refuses("cross_entropy_bwd", "dlogits", "evenly spaced"):
+        ops.cross_entropy_bwd(
+            np.ones_like(loss),
+            logits,
+            targets,
+            lse,
+            dlogits=np.empty((2, 5, 5), np.float32)[:, :-1],
+        )
 
 
 def test_refuses_to_add_to_the_logits() -> None:

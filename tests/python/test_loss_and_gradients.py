@@ -238,6 +238,11 @@ def test_training_a_model(tmp_path, text):
 # Bad input.
 
 
+def test_refresh_is_for_trainable_models() -> None:
+    with pytest.raises(ssmcore.InvalidArgumentError, match="not trainable"):
+        ssmcore.load(device="cpu").refresh()
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     return saved_and_loaded(tmp_path_factory.mktemp("tiny"), make_model())

@@ -21,6 +21,7 @@ from mamba_ssm.models.config_mamba import MambaConfig
 from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 from mamba_ssm.modules.mamba_simple import Mamba as SameMamba
 from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn, selective_scan_fn as same_scan
+from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
 from mamba_ssm.ops.triton.layer_norm import RMSNorm, rms_norm_fn
 from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 from mamba_ssm.utils.generation import InferenceParams
@@ -38,7 +39,8 @@ lm = MambaLMHeadModel.from_pretrained(folder, device="cpu", dtype=torch.float32)
 input_ids = torch.tensor([list(prompt.encode())])
 out = lm.generate(
     input_ids=input_ids, max_length=input_ids.shape[1] + 256, cg=True,
-    return_dict_in_generate=True, output_scores=True, temperature=1.0, top_k=1, top_p=1.0,
+    return_dict_in_generate=True, output_scores=True, enable_timing=False,
+    temperature=1.0, top_k=1, top_p=1.0,
 )
 text = bytes(out.sequences[0, input_ids.shape[1]:].tolist()).decode()
 """

@@ -346,6 +346,18 @@ def test_a_state_in_bfloat16_is_rounded_once() -> None:
         assert torch.equal(rounded, exact.bfloat16())
 
 
+def test_operands_of_a_step_are_not_rounded_to_the_type_of_x() -> None:
+    with torch.no_grad():
+        inputs = {name: tensor.float() for name, tensor in scan_inputs(seqlen=1).items()}
+        u, *others = (inputs[name][..., 0] for name in ("u", "delta", "B", "C"))
+        rest = (others[0], inputs["A"], *others[1:])
+        states = [inputs["initial_state"].clone() for _ in range(2)]
+        out = selective_state_update(states[0], u.bfloat16(), *rest)
+        exact = selective_state_update(states[1], u.bfloat16().float(), *rest)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, exact.bfloat16()) and torch.equal(*states)
+
+
 def test_final_states_go_where_they_should() -> None:
     x, weight = make(BATCH, DIM, 9).detach(), make(DIM, WIDTH).detach()
     place = torch.empty(BATCH, DIM, WIDTH - 1, dtype=torch.float64)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from model_fixtures import BUNDLED, PROMPT, golden_text
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from transformers import MambaForCausalLM
 from transformers.models.falcon_mamba import modeling_falcon_mamba
 from transformers.models.mamba import modeling_mamba
@@ -126,6 +127,17 @@ def test_a_cache_that_was_filled_without_the_patch(maker: str) -> None:
     assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_step_while_gradients_are_recorded(maker: str) -> None:
+    model = MAKERS[maker]()
+    ids = random_ids(model, 2, 12)
+    expected = model(ids).logits[:, -1]
+    with patch_transformers():
+        cache = model(ids[:, :-1], use_cache=True).cache_params
+        actual = model(ids[:, -1:], cache_params=cache, use_cache=True).logits[:, -1]
+    assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_reading_in_pieces_equals_the_whole() -> None:
     model = make_model()
     ids = random_ids(model, 2, 12)
@@ -167,6 +179,18 @@ def test_layers_that_were_replaced_stay() -> None:
     expected = generate(model, ids, do_sample=False)
     with patch_transformers():
         assert torch.equal(generate(model, ids, do_sample=False), expected)
+
+
+def test_hooks_on_layers_are_called() -> None:
+    model = make_model()
+    for layer in model.backbone.layers:
+        layer.mixer.out_proj.register_forward_hook(lambda *call: 0.5 * call[-1])
+        prune.l1_unstructured(layer.mixer.in_proj, "weight", 0.5)
+    ids = random_ids(model, 2, 20)
+    with torch.no_grad():
+        expected = model(ids).logits
+        with patch_transformers():
+            assert torch.allclose(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def functions() -> list[Callable[..., Any]]:

@@ -105,7 +105,7 @@ struct LoadOptions {
   // or are copied as float32 to memory of the model's own, where parameters() may be written: on
   // the CPU alone.
   bool trainable = false;
-  LoadProgress progress;  // optional
+  LoadProgress progress = nullptr;  // optional
 };
 
 // Not changed by use, so threads may share it, each with its own state and workspace. The context
@@ -133,7 +133,7 @@ class LanguageModel {
   // it follows with the next refresh().
   const std::map<std::string, TensorView>& parameters() const { return parameters_; }
   bool trainable() const { return trainable_; }
-  void refresh() { load({}); }
+  void refresh();
 
   // On a GPU in the order of `stream`.
   ModelState new_state(int64_t num_slots, void* stream = nullptr) const;

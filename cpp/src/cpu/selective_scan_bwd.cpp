@@ -91,7 +91,8 @@ class RowBackward {
       load_parts(dlast_state, fwd, d, channels, w.dstate + tile * w.per_tile);
     });
     const int64_t length = row.end - row.begin;
-    const int64_t chunk = fwd.chunk_states ? fwd.chunk_size : max(1, length);
+    const int64_t whole = max(1, length);
+    const int64_t chunk = fwd.chunk_states ? min(fwd.chunk_size, whole) : whole;
     for (int64_t i = ceil_div(length, chunk); i-- > 0;)
       run_chunk(i, row.begin + i * chunk, min(row.begin + (i + 1) * chunk, row.end));
     if (p.dinitial_state && row.slot >= 0)

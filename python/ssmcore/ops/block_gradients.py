@@ -40,16 +40,15 @@ class MambaBlockSaved:
         """The arrays by name; all None once they have been used."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def take(self, op: str) -> dict[str, Any]:
-        """The arrays by name, once."""
-        arrays = self.arrays()
+    def require_unused(self, op: str) -> None:
         if self.xz is None:
             raise InvalidArgumentError(
                 f"{op}: saved has been used by a backward pass before; run the forward pass again"
             )
-        for name in arrays:
-            setattr(self, name, None)
-        return arrays
+
+    def clear(self) -> None:
+        for field in fields(self):
+            setattr(self, field.name, None)
 
 
 class MambaBlockGradients(NamedTuple):
@@ -174,6 +173,7 @@ def mamba_block_bwd(
         raise InvalidArgumentError(
             f"{op}: saved is a {type(saved).__name__}, expected what mamba_block_train_fwd returned"
         )
+    saved.require_unused(op)
     library = library_of(dout)
     inputs: dict[str, Any] = {
         "x": x,
@@ -192,7 +192,7 @@ def mamba_block_bwd(
         initial_conv_state=initial_conv_state,
         initial_ssm_state=initial_ssm_state,
         cu_seqlens=cu_seqlens,
-        **saved.take(op),
+        **saved.arrays(),
         dfinal_conv_state=dfinal_conv_state,
         dlast_ssm_state=dlast_ssm_state,
         dx=gradients["dx"],
@@ -200,6 +200,7 @@ def mamba_block_bwd(
         dinitial_ssm_state=gradients["dinitial_ssm_state"],
         **written,
     )
+    saved.clear()
     if written["dA"] is not None:
         _chain_to_A_log(library, written["dA"], parameters["A"])
     given = handed_over(library, gradients)

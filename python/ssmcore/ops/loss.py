@@ -84,12 +84,22 @@ def cross_entropy_bwd(
     _check("cross_entropy_bwd", logits, targets, reduction)
     for name, array in (("dloss", dloss), ("lse", lse)):
         require_array(array, f"cross_entropy_bwd: {name}")
+        of_rows = name == "lse" or reduction == "none"
+        if of_rows and tuple(array.shape) != tuple(targets.shape):
+            raise InvalidArgumentError(
+                f"cross_entropy_bwd: {name} has shape {tuple(array.shape)}, expected targets' "
+                f"{tuple(targets.shape)}"
+            )
     library = library_of(logits)
     out = library.empty(logits.shape, dtype_name(logits)) if dlogits is None else dlogits
     if tuple(out.shape) != tuple(logits.shape):
         raise InvalidArgumentError(
             f"cross_entropy_bwd: dlogits has shape {tuple(out.shape)}, expected logits' "
             f"{tuple(logits.shape)}"
+        )
+    if dlogits is not None and not _rows_are_evenly_spaced(dlogits):
+        raise InvalidArgumentError(
+            "cross_entropy_bwd: dlogits is written, but its rows are not evenly spaced in memory"
         )
     mean = reduction == "mean"
     _core.cross_entropy_bwd(
@@ -103,6 +113,15 @@ def cross_entropy_bwd(
         dlogits=rows(out),
     )
     return library.hand_over(out) if dlogits is None else dlogits
+
+
+def _rows_are_evenly_spaced(array: Array) -> bool:
+    """Whether viewing it as rows of its last axis takes no copy."""
+    strides = array.stride() if hasattr(array, "stride") else array.strides
+    shape = array.shape
+    return strides is None or all(
+        shape[i] == 1 or strides[i] == strides[i + 1] * shape[i + 1] for i in range(len(shape) - 2)
+    )
 
 
 def _loss_dtype(logits: Array) -> str:

@@ -51,6 +51,8 @@ class GenerationMixin:
         repetition_penalty: float = 1.0,
         eos_token_id: int | None = None,
         cg: bool = False,
+        enable_timing: bool = False,
+        vocab_size: int | None = None,
     ) -> Any:
         """Continues `input_ids`, (B, L), up to `max_length` tokens, the prompt included.
 
@@ -61,7 +63,8 @@ class GenerationMixin:
             return_dict_in_generate: return (sequences, scores) instead of sequences.
             output_scores: with it, the logits each token was drawn from; else scores is None.
             eos_token_id: end where every row has just drawn it.
-            cg: taken, and without effect.
+            cg, enable_timing: taken, and without effect.
+            vocab_size: draw among so many ids; default the model's.
 
         Returns:
             (B, L') ids, the prompt included.
@@ -80,9 +83,8 @@ class GenerationMixin:
             )
             params.seqlen_offset += tokens.shape[1]
             logits = output.logits[:, 0].float()
-            config = getattr(self, "config", None)
-            if config is not None:
-                logits = logits[:, : config.vocab_size]
+            limit = vocab_size or getattr(getattr(self, "config", None), "vocab_size", None)
+            logits = logits[:, :limit]
             scores.append(logits)
             drawn = ops.sample(
                 logits.contiguous(),

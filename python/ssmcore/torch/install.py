@@ -24,12 +24,19 @@ def _names(*objects: Any) -> dict[str, Any]:
     return {item.__name__: item for item in objects}
 
 
+_SCAN = {
+    **_names(selective_scan_fn, mamba_inner_fn),
+    # The published reference implementations, by the operators they are for.
+    "selective_scan_ref": selective_scan_fn,
+    "mamba_inner_ref": mamba_inner_fn,
+}
+
 # What each module of a package has.
 _MODULES: dict[str, dict[str, dict[str, Any]]] = {
     "mamba_ssm": {
         "mamba_ssm": _names(selective_scan_fn, mamba_inner_fn, Mamba, MambaLMHeadModel),
         "mamba_ssm.ops": {},
-        "mamba_ssm.ops.selective_scan_interface": _names(selective_scan_fn, mamba_inner_fn),
+        "mamba_ssm.ops.selective_scan_interface": _SCAN,
         "mamba_ssm.ops.triton": {},
         "mamba_ssm.ops.triton.selective_state_update": _names(selective_state_update),
         "mamba_ssm.ops.triton.layer_norm": _names(rms_norm_fn, RMSNorm),

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..loading import find_folder
 from .block import Block, add_norm
 from .config import MambaConfig, config_from_transformers, from_transformers_names
 from .generation import GenerationMixin
@@ -229,19 +230,20 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> MambaLMHeadModel:
-        """A model from a folder, as mamba-ssm or transformers saved it.
+        """A model from a folder or the Hugging Face hub, as mamba-ssm or transformers saved it.
 
         Args:
             pretrained_model_name: a folder with config.json and pytorch_model.bin or
-                model.safetensors (which needs safetensors).
+                model.safetensors (which needs safetensors), whole or as shards and their index; or
+                a name on the hub, which needs huggingface_hub.
             device, dtype: of the parameters, whatever is stored; default those of torch.
             kwargs: more arguments of the model.
 
         Raises:
-            FileNotFoundError: no such folder or file.
-            ValueError: a model of another kind.
+            FileNotFoundError: no such file in the folder.
+            ValueError: no such folder or name, or a model of another kind.
         """
-        folder = Path(pretrained_model_name)
+        folder = find_folder(pretrained_model_name)
         raw = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
         state_dict = _read_weights(folder)
         if "model_type" in raw:
@@ -265,11 +267,25 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    if (folder / _SAFETENSORS_FILE).exists():
+    for name in (_SAFETENSORS_FILE, _WEIGHTS_FILE):
+        index = folder / f"{name}.index.json"
+        if (folder / name).exists():
+            return _read_file(folder / name)
+        if index.exists():
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            weights: dict[str, Tensor] = {}
+            for shard in sorted(shards):
+                weights.update(_read_file(folder / shard))
+            return weights
+    raise FileNotFoundError(
+        f"from_pretrained: {folder} has neither {_SAFETENSORS_FILE} nor {_WEIGHTS_FILE}"
+    )
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
-        return load_file(folder / _SAFETENSORS_FILE)
-    weights: dict[str, Tensor] = torch.load(
-        folder / _WEIGHTS_FILE, map_location="cpu", weights_only=True
-    )
+        return load_file(path)
+    weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     return weights

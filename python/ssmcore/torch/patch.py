@@ -34,8 +34,10 @@ _patched: ExitStack | None = None
 def patch_transformers() -> ExitStack:
     """Makes transformers' Mamba and FalconMamba models use ssmcore, those already made included.
 
-    What they compute, train and generate stays the same, to rounding. Mixers whose layers were
-    replaced (quantised, LoRA) keep these layers and use the operators between them.
+    What they compute, train and generate stays the same, to rounding; but under `torch.no_grad` a
+    cache that has been filled is continued by several tokens at once, where transformers alone
+    starts anew. Mixers whose layers were replaced (quantised, LoRA) or have hooks keep these layers
+    and use the operators between them.
 
     Returns:
         A context manager that undoes it, as its `close` and `unpatch_transformers` do.
@@ -46,6 +48,8 @@ def patch_transformers() -> ExitStack:
     for name, (mixer, norm) in _MODELS.items():
         module = importlib.import_module(name)
         for function, replacement in _FUNCTIONS.items():
+            if function in _UPDATES:
+                replacement = _unless_differentiated(replacement, getattr(module, function))
             _replace(patched, module, function, replacement)
         mixer_class, norm_class = getattr(module, mixer), getattr(module, norm)
         _replace(patched, mixer_class, "forward", _mixer_forward(mixer_class.forward))
@@ -76,6 +80,21 @@ def _without(function: Callable[..., Any], *unknown: str) -> Callable[..., Any]:
     return wrapped
 
 
+def _unless_differentiated(
+    function: Callable[..., Any], original: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`function`, which has no gradient; `original` where gradients are recorded."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        recorded = torch.is_grad_enabled() and any(
+            isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values())
+        )
+        return (original if recorded else function)(*args, **kwargs)
+
+    return wrapped
+
+
 def _no_inner_fn(*args: Any, **kwargs: Any) -> None:
     """Leaves it to the mixer to call its layers, and to mask what they give."""
 
@@ -87,6 +106,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "mamba_selective_scan": _without(selective_scan_fn, "use_mambapy", "use_associative_scan"),
     "mamba_selective_state_update": selective_state_update,
 }
+_UPDATES = ("causal_conv1d_update", "mamba_selective_state_update")
 
 
 def _norm_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -113,7 +133,8 @@ def _mixer_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        if kwargs or not _is_plain(self) or _masks(attention_mask):
+        is_double = hidden_states.dtype == torch.float64
+        if kwargs or is_double or not _is_plain(self) or _masks(attention_mask):
             return original(self, hidden_states, cache_params, attention_mask, **kwargs)
         if torch.is_grad_enabled():
             if cache_params is None:
@@ -134,12 +155,21 @@ _LAYERS = {
 }
 
 
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_hf_hook",  # accelerate's
+)
+
+
 def _is_plain(mixer: Any) -> bool:
-    """Whether the block's layers are as transformers makes them, without hooks of accelerate."""
+    """Whether the block's layers are as transformers makes them, without hooks of anybody."""
     layers = mixer._modules
     for name, kind in _LAYERS.items():
         layer = layers[name]
-        if type(layer) is not kind or "_hf_hook" in layer.__dict__:
+        if type(layer) is not kind or any(getattr(layer, hooks, None) for hooks in _HOOKS):
             return False
     return mixer.activation in ("silu", "swish")
 

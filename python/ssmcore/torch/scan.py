@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from itertools import compress
 from typing import Any
 
@@ -238,15 +239,20 @@ def selective_state_update(
     check_tensors(op, state=state, **read, state_batch_indices=state_batch_indices)
     check_no_gradient(op, "state", state=state, **read)
     exact = cast(state, torch.float32)
+    others = [tensor.dtype for tensor in (dt, B, C, z) if tensor is not None]
+    # Complex ones go with a complex A.
+    dtype = functools.reduce(
+        torch.promote_types, [other for other in others if not other.is_complex], x.dtype
+    )
     out: Tensor = _selective_state_update(
         exact,
-        x,
-        cast(dt, x.dtype),
+        cast(x, dtype),
+        cast(dt, dtype),
         cast(A, torch.float32),
-        cast(B, x.dtype),
-        cast(C, x.dtype),
+        cast(B, dtype),
+        cast(C, dtype),
         cast(D, torch.float32),
-        cast(z, x.dtype),
+        cast(z, dtype),
         cast(dt_bias, torch.float32),
         dt_softplus,
         state_batch_indices,
@@ -255,7 +261,7 @@ def selective_state_update(
         count_as_written(state)
     else:
         state.copy_(exact)
-    return out
+    return cast(out, x.dtype)
 
 
 @operator(
