@@ -27,12 +27,6 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return BACKENDS[request.param]
 
 
-@pytest.fixture(scope="session", params=["cpu"])
-def gradient_backend(request: pytest.FixtureRequest) -> Backend:
-    """Those that have gradients."""
-    return BACKENDS[request.param]
-
-
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> str:
     """Where a model runs; without a GPU that of CUDA is skipped."""

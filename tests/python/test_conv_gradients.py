@@ -63,14 +63,14 @@ def assert_agrees(backend: Backend, arguments: Arrays) -> None:
 
 
 @pytest.mark.parametrize("case", [*CONV_CASES, *FLOAT64_CONV_CASES])
-def test_agrees_with_reference(gradient_backend: Backend, case: ConvCase) -> None:
-    assert_agrees(gradient_backend, with_outputs(case.inputs()))
+def test_agrees_with_reference(backend: Backend, case: ConvCase) -> None:
+    assert_agrees(backend, with_outputs(case.inputs()))
 
 
 @pytest.mark.parametrize("case", FLOAT64_CONV_CASES)
-def test_forward_in_float64(gradient_backend: Backend, case: ConvCase) -> None:
+def test_forward_in_float64(backend: Backend, case: ConvCase) -> None:
     inputs = case.inputs()
-    out, final_state = gradient_backend.call(ops.causal_conv1d, **inputs, return_final_state=True)
+    out, final_state = backend.call(ops.causal_conv1d, **inputs, return_final_state=True)
     expected_out, expected_state = reference.causal_conv1d(**inputs)
     assert_close(out, expected_out, "float64")
     assert_close(final_state, expected_state, "float64")
@@ -81,7 +81,7 @@ def test_forward_in_float64(gradient_backend: Backend, case: ConvCase) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "token-major", "spread"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_numbered_agrees_with_reference(
-    gradient_backend: Backend, width: int, seqlen: int, layout: str, dtype: str
+    backend: Backend, width: int, seqlen: int, layout: str, dtype: str
 ) -> None:
     inputs = numbered_inputs(width=width, seqlen=seqlen, layout=layout, dtype=dtype)
     seq_idx = numbers(2, seqlen)
@@ -92,27 +92,23 @@ def test_numbered_agrees_with_reference(
     expected = reference_gradients.causal_conv1d_bwd(**arguments)
     for name in ("x", "dout"):
         arguments[name][skipped] = np.nan
-    actual = backward(gradient_backend, ops.causal_conv1d_bwd, **arguments)
+    actual = backward(backend, ops.causal_conv1d_bwd, **arguments)
     assert_gradients(actual, expected, arguments)
     assert not np.any(actual["dx"][skipped])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("activation", [None, "silu"])
-def test_numbered_in_narrow_types(
-    gradient_backend: Backend, dtype: str, activation: str | None
-) -> None:
+def test_numbered_in_narrow_types(backend: Backend, dtype: str, activation: str | None) -> None:
     inputs = numbered_inputs(dtype=dtype, activation=activation)
-    assert_agrees(
-        gradient_backend, {**inputs, "dout": random_like(inputs["x"]), "seq_idx": numbers(2, 67)}
-    )
+    assert_agrees(backend, {**inputs, "dout": random_like(inputs["x"]), "seq_idx": numbers(2, 67)})
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize(("seqlen", "state_len"), [(9, 3), (2, 6), (9, None)])
 @pytest.mark.parametrize("forward", [reference.causal_conv1d, ops.causal_conv1d])
 def test_agrees_with_finite_differences(
-    gradient_backend: Backend,
+    backend: Backend,
     forward: Callable[..., Any],
     activation: str | None,
     seqlen: int,
@@ -129,11 +125,11 @@ def test_agrees_with_finite_differences(
         return float((dout * out).sum() + (dfinal_state * final_state).sum())
 
     arrays = {n: value for n, value in inputs.items() if isinstance(value, np.ndarray)}
-    gradients = backward(gradient_backend, ops.causal_conv1d_bwd, **arguments)
+    gradients = backward(backend, ops.causal_conv1d_bwd, **arguments)
     assert_derivatives(loss, arrays, gradients)
 
 
-def test_numbered_agrees_with_finite_differences(gradient_backend: Backend) -> None:
+def test_numbered_agrees_with_finite_differences(backend: Backend) -> None:
     inputs = numbered_inputs(dim=3, seqlen=30, dtype="float64")
     inputs["seq_idx"] = numbers(2, 30)
     dout = random_like(inputs["x"])
@@ -142,12 +138,12 @@ def test_numbered_agrees_with_finite_differences(gradient_backend: Backend) -> N
         return float((dout * reference.causal_conv1d_numbered(**inputs)).sum())
 
     arrays = {name: inputs[name] for name in ("x", "weight", "bias")}
-    gradients = backward(gradient_backend, ops.causal_conv1d_bwd, **inputs, dout=dout)
+    gradients = backward(backend, ops.causal_conv1d_bwd, **inputs, dout=dout)
     assert_derivatives(loss, arrays, gradients)
 
 
 @pytest.mark.parametrize("case", [*CONVOLUTIONS, "conv_seq_idx"])
-def test_agrees_with_published_gradients(gradient_backend: Backend, case: str) -> None:
+def test_agrees_with_published_gradients(backend: Backend, case: str) -> None:
     tensors = load(case)
     activation = str(tensors["activation"])
     arguments = {
@@ -156,7 +152,7 @@ def test_agrees_with_published_gradients(gradient_backend: Backend, case: str) -
         "initial_state": tensors.get("initial_states"),
     }
     arguments["dout"] = tensors["dout"].astype(arguments["x"].dtype)
-    gradients = backward(gradient_backend, ops.causal_conv1d_bwd, **arguments)
+    gradients = backward(backend, ops.causal_conv1d_bwd, **arguments)
     published = {"dinitial_state": "dinitial_states"}
     for name, gradient in gradients.items():
         expected = tensors[published.get(name, name)]
@@ -175,21 +171,19 @@ def test_agrees_with_published_gradients(gradient_backend: Backend, case: str) -
     layout=st.sampled_from(["contiguous", *LAYOUTS]),
 )
 def test_two_halves_are_the_whole(
-    gradient_backend: Backend, seqlen: int, split_at: float, **fields: Any
+    backend: Backend, seqlen: int, split_at: float, **fields: Any
 ) -> None:
     """With the state handed forward and its gradient handed back."""
     inputs = ConvCase(seqlen=seqlen, dim=5, **fields).inputs()
     arguments = with_outputs(inputs)
-    whole = backward(gradient_backend, ops.causal_conv1d_bwd, **arguments)
+    whole = backward(backend, ops.causal_conv1d_bwd, **arguments)
     middle = 1 + round(split_at * (seqlen - 2))
     first, second = conv_steps(inputs, 0, middle), conv_steps(inputs, middle, seqlen)
-    _, state = gradient_backend.call(ops.causal_conv1d, **first, return_final_state=True)
+    _, state = backend.call(ops.causal_conv1d, **first, return_final_state=True)
     second.update(initial_state=state, dfinal_state=arguments["dfinal_state"])
-    late = backward(
-        gradient_backend, ops.causal_conv1d_bwd, **second, dout=arguments["dout"][..., middle:]
-    )
+    late = backward(backend, ops.causal_conv1d_bwd, **second, dout=arguments["dout"][..., middle:])
     early = backward(
-        gradient_backend,
+        backend,
         ops.causal_conv1d_bwd,
         **first,
         dout=arguments["dout"][..., :middle],
@@ -207,7 +201,7 @@ def test_two_halves_are_the_whole(
     dtype=st.sampled_from(["float32", "float64"]),
 )
 def test_packed_is_separate(
-    gradient_backend: Backend, lengths: list[int], state_len: int, **fields: Any
+    backend: Backend, lengths: list[int], state_len: int, **fields: Any
 ) -> None:
     case = ConvCase(batch=1, seqlen=sum(lengths), state_len=None, **fields)
     inputs = {**case.inputs(), "dout": random_like(case.inputs()["x"])}
@@ -215,7 +209,7 @@ def test_packed_is_separate(
     inputs["initial_state"], dstates = states, random_like(states, seed=2)
     cu_seqlens = boundaries(lengths)
     packed = backward(
-        gradient_backend,
+        backend,
         ops.causal_conv1d_bwd,
         **inputs,
         dfinal_state=dstates,
@@ -228,7 +222,7 @@ def test_packed_is_separate(
             assert_same_bits(packed["dinitial_state"][row], dstates[row])
             continue
         alone = backward(
-            gradient_backend,
+            backend,
             ops.causal_conv1d_bwd,
             **{
                 **conv_steps(inputs, begin, end),
@@ -245,13 +239,13 @@ def test_packed_is_separate(
         assert_close(packed[name], total, case.dtype)
 
 
-def test_packed_borders_and_the_tail_pass_no_gradient(gradient_backend: Backend) -> None:
+def test_packed_borders_and_the_tail_pass_no_gradient(backend: Backend) -> None:
     """dout of one sequence alone reaches nothing of the others."""
     inputs = ConvCase(batch=1, seqlen=30, state_len=None).inputs()
     dout = np.zeros_like(inputs["x"])
     dout[..., 10:20] = random_like(dout[..., 10:20])
     gradients = backward(
-        gradient_backend,
+        backend,
         ops.causal_conv1d_bwd,
         **inputs,
         dout=dout,
@@ -264,21 +258,21 @@ def test_packed_borders_and_the_tail_pass_no_gradient(gradient_backend: Backend)
 @pytest.mark.parametrize("dtype", [*DTYPES])
 @pytest.mark.parametrize("batch", [1, 40])
 def test_threads_do_not_change_a_bit(
-    gradient_backend: Backend, set_num_threads: Any, dtype: str, batch: int
+    backend: Backend, set_num_threads: Any, dtype: str, batch: int
 ) -> None:
     case = ConvCase(batch=batch, dim=201, seqlen=600 // batch, dtype=dtype)
     arguments = with_outputs(case.inputs())
     assert_same_for_any_threads(
-        set_num_threads, lambda: backward(gradient_backend, ops.causal_conv1d_bwd, **arguments)
+        set_num_threads, lambda: backward(backend, ops.causal_conv1d_bwd, **arguments)
     )
 
 
-def test_rows_do_not_depend_on_the_batch(gradient_backend: Backend) -> None:
+def test_rows_do_not_depend_on_the_batch(backend: Backend) -> None:
     arguments = with_outputs(ConvCase(batch=5).inputs())
-    whole = backward(gradient_backend, ops.causal_conv1d_bwd, **arguments)
+    whole = backward(backend, ops.causal_conv1d_bwd, **arguments)
     for name in ("x", "initial_state", "dout", "dfinal_state"):
         arguments[name] = arguments[name][2:3]
-    alone = backward(gradient_backend, ops.causal_conv1d_bwd, **arguments)
+    alone = backward(backend, ops.causal_conv1d_bwd, **arguments)
     for name in ("dx", "dinitial_state"):
         assert_same_bits(alone[name], np.ascontiguousarray(whole[name][2:3]))
 
@@ -339,32 +333,30 @@ def test_state_indices(indices: tuple[int, int], dtype: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["padded", "token-major padded", "spread"])
-def test_inputs_and_what_lies_around_them_stay(gradient_backend: Backend, layout: str) -> None:
+def test_inputs_and_what_lies_around_them_stay(backend: Backend, layout: str) -> None:
     inputs = ConvCase(layout=layout).inputs()
     arrays = {name: value for name, value in inputs.items() if isinstance(value, np.ndarray)}
     before = {name: value.copy() for name, value in arrays.items()}
-    backward(gradient_backend, ops.causal_conv1d_bwd, **with_outputs(inputs))
+    backward(backend, ops.causal_conv1d_bwd, **with_outputs(inputs))
     for name, array in arrays.items():
         assert_same_bits(array, before[name])
         assert_only_poison_around(array)
 
 
 @pytest.mark.parametrize("name", ["x", "weight", "bias", "initial_state", "dout", "dfinal_state"])
-def test_zero_strides(gradient_backend: Backend, name: str) -> None:
+def test_zero_strides(backend: Backend, name: str) -> None:
     inputs = with_outputs(ConvCase().inputs())
     shape = inputs[name].shape
     for axis in range(len(shape)):
         repeated = np.broadcast_to(inputs[name].take([0], axis=axis), shape)
-        assert_agrees(gradient_backend, {**inputs, name: repeated})
+        assert_agrees(backend, {**inputs, name: repeated})
 
 
-def test_only_what_is_needed(gradient_backend: Backend) -> None:
+def test_only_what_is_needed(backend: Backend) -> None:
     arguments = with_outputs(ConvCase().inputs())
-    everything = backward(gradient_backend, ops.causal_conv1d_bwd, **arguments)
+    everything = backward(backend, ops.causal_conv1d_bwd, **arguments)
     for name, gradient in everything.items():
-        only = backward(
-            gradient_backend, ops.causal_conv1d_bwd, **arguments, needs=[name.removeprefix("d")]
-        )
+        only = backward(backend, ops.causal_conv1d_bwd, **arguments, needs=[name.removeprefix("d")])
         assert only.keys() == {name}
         assert_same_bits(only[name], gradient)
 
@@ -393,10 +385,10 @@ def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
         ("cu_seqlens", np.array([0, 67], np.int32), ["2"]),
     ],
 )
-def test_bad_argument(gradient_backend: Backend, name: str, bad: Any, words: list[str]) -> None:
+def test_bad_argument(backend: Backend, name: str, bad: Any, words: list[str]) -> None:
     arguments = {**with_outputs(ConvCase().inputs()), name: bad}
     with refuses("causal_conv1d_bwd", name, *words):
-        backward(gradient_backend, ops.causal_conv1d_bwd, **arguments)
+        backward(backend, ops.causal_conv1d_bwd, **arguments)
 
 
 @pytest.mark.parametrize(

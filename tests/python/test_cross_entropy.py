@@ -55,28 +55,24 @@ def expected_gradient(arguments: Arrays) -> np.ndarray:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_agrees_with_reference(gradient_backend: Backend, case: LossCase) -> None:
+def test_agrees_with_reference(backend: Backend, case: LossCase) -> None:
     inputs = case.inputs()
     expected_loss, expected_lse = reference.cross_entropy(**inputs)
-    loss, lse = gradient_backend.call(
-        ops.cross_entropy, **inputs, reduction="none", return_lse=True
-    )
+    loss, lse = backend.call(ops.cross_entropy, **inputs, reduction="none", return_lse=True)
     assert loss.dtype == lse.dtype == wide(case)
     assert_close(loss, expected_loss, wide(case))
     assert_close(lse, expected_lse, wide(case))
     counts = inputs["targets"] != case.ignore_index
     if np.any(counts):
-        mean = gradient_backend.call(ops.cross_entropy, **inputs)
+        mean = backend.call(ops.cross_entropy, **inputs)
         assert_close(mean, np.array(expected_loss[counts].mean()), wide(case))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("case", [c for c in CASES if c.id != "rows=(1,)"])
-def test_gradient_agrees_with_reference(
-    gradient_backend: Backend, case: LossCase, reduction: str
-) -> None:
+def test_gradient_agrees_with_reference(backend: Backend, case: LossCase, reduction: str) -> None:
     arguments = backward_arguments(case, reduction)
-    dlogits = gradient_backend.call(ops.cross_entropy_bwd, **arguments)
+    dlogits = backend.call(ops.cross_entropy_bwd, **arguments)
     assert dlogits.dtype == arguments["logits"].dtype
     assert_close(dlogits, expected_gradient(arguments), case.dtype)
     assert not np.any(dlogits[arguments["targets"] == case.ignore_index])
@@ -85,7 +81,7 @@ def test_gradient_agrees_with_reference(
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("own", [False, True])
 def test_gradient_agrees_with_finite_differences(
-    gradient_backend: Backend, reduction: str, own: bool
+    backend: Backend, reduction: str, own: bool
 ) -> None:
     arguments = backward_arguments(LossCase((3, 2), 5, "float64"), reduction)
     logits, targets, dloss = (arguments[name] for name in ("logits", "targets", "dloss"))
@@ -97,37 +93,35 @@ def test_gradient_agrees_with_finite_differences(
         of_rows, _ = reference.cross_entropy(logits, targets)
         return of_rows if reduction == "none" else of_rows[targets >= 0].mean()
 
-    dlogits = gradient_backend.call(ops.cross_entropy_bwd, **arguments)
+    dlogits = backend.call(ops.cross_entropy_bwd, **arguments)
     assert_derivatives(
         lambda: float((dloss * losses()).sum()), {"logits": logits}, {"dlogits": dlogits}
     )
 
 
-def test_rows_that_do_not_count_may_hold_anything(gradient_backend: Backend) -> None:
+def test_rows_that_do_not_count_may_hold_anything(backend: Backend) -> None:
     inputs = LossCase().inputs()
-    expected = gradient_backend.call(ops.cross_entropy, **inputs)
+    expected = backend.call(ops.cross_entropy, **inputs)
     arguments = backward_arguments(LossCase(), "mean")
-    gradient = gradient_backend.call(ops.cross_entropy_bwd, **arguments)
+    gradient = backend.call(ops.cross_entropy_bwd, **arguments)
     for array in (inputs["logits"], arguments["logits"], arguments["lse"]):
         array[inputs["targets"] == -100] = np.nan
-    assert_same_bits(gradient_backend.call(ops.cross_entropy, **inputs), expected)
-    assert_same_bits(gradient_backend.call(ops.cross_entropy_bwd, **arguments), gradient)
+    assert_same_bits(backend.call(ops.cross_entropy, **inputs), expected)
+    assert_same_bits(backend.call(ops.cross_entropy_bwd, **arguments), gradient)
 
 
-def test_no_row_counts(gradient_backend: Backend) -> None:
+def test_no_row_counts(backend: Backend) -> None:
     inputs = {**LossCase().inputs(), "targets": np.full(7, -100)}
-    assert np.isnan(gradient_backend.call(ops.cross_entropy, **inputs))
-    assert not np.any(gradient_backend.call(ops.cross_entropy, **inputs, reduction="none"))
+    assert np.isnan(backend.call(ops.cross_entropy, **inputs))
+    assert not np.any(backend.call(ops.cross_entropy, **inputs, reduction="none"))
 
 
-def test_logits_of_minus_infinity_have_no_share(gradient_backend: Backend) -> None:
+def test_logits_of_minus_infinity_have_no_share(backend: Backend) -> None:
     logits = np.array([[0, -np.inf, 1, -np.inf]], np.float32)
     targets = np.array([2])
-    loss, lse = gradient_backend.call(
-        ops.cross_entropy, logits=logits, targets=targets, return_lse=True
-    )
+    loss, lse = backend.call(ops.cross_entropy, logits=logits, targets=targets, return_lse=True)
     assert_close(loss, np.array(np.log(1 + np.exp(-1))), "float32")
-    dlogits = gradient_backend.call(
+    dlogits = backend.call(
         ops.cross_entropy_bwd,
         dloss=np.ones((), np.float32),
         logits=logits,
@@ -138,9 +132,9 @@ def test_logits_of_minus_infinity_have_no_share(gradient_backend: Backend) -> No
     assert_close(dlogits, np.array([[share, 0, -share, 0]]), "float32")
 
 
-def test_logits_whose_exponentials_overflow(gradient_backend: Backend) -> None:
+def test_logits_whose_exponentials_overflow(backend: Backend) -> None:
     logits = np.array([[3e4, 3e4, -3e4]], np.float32)
-    loss = gradient_backend.call(ops.cross_entropy, logits=logits, targets=np.array([0]))
+    loss = backend.call(ops.cross_entropy, logits=logits, targets=np.array([0]))
     assert_close(loss, np.array(np.log(2)), "float32")
 
 
@@ -167,10 +161,10 @@ def test_adds_and_overwrites(dtype: str, layout: str) -> None:
     assert_adds_and_overwrites("cross_entropy_bwd", core_arguments(arguments), gradients, layout)
 
 
-def test_parts_of_rows_are_the_whole(gradient_backend: Backend) -> None:
+def test_parts_of_rows_are_the_whole(backend: Backend) -> None:
     """The mean over rows that are done in parts."""
     arguments = backward_arguments(LossCase(rows=(301,)), "mean")
-    whole = gradient_backend.call(ops.cross_entropy_bwd, **arguments)
+    whole = backend.call(ops.cross_entropy_bwd, **arguments)
     count = np.float32((arguments["targets"] != -100).sum())
     arguments["reduction"] = "none"
     arguments["dloss"] = np.broadcast_to(arguments["dloss"] / count, 301)
@@ -178,35 +172,31 @@ def test_parts_of_rows_are_the_whole(gradient_backend: Backend) -> None:
         part = slice(begin, begin + 100)
         names = ("dloss", "logits", "targets", "lse")
         some = {**arguments, **{name: arguments[name][part] for name in names}}
-        dlogits = gradient_backend.call(ops.cross_entropy_bwd, **some)
+        dlogits = backend.call(ops.cross_entropy_bwd, **some)
         assert_same_bits(dlogits, whole[part])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_threads_do_not_change_a_bit(
-    gradient_backend: Backend, set_num_threads: Any, dtype: str
-) -> None:
+def test_threads_do_not_change_a_bit(backend: Backend, set_num_threads: Any, dtype: str) -> None:
     arguments = backward_arguments(LossCase(rows=(301,), dtype=dtype), "mean")
     inputs = {name: arguments[name] for name in ("logits", "targets", "ignore_index")}
 
     def call() -> dict[str, np.ndarray]:
-        loss, lse = gradient_backend.call(ops.cross_entropy, **inputs, return_lse=True)
-        dlogits = gradient_backend.call(ops.cross_entropy_bwd, **arguments)
+        loss, lse = backend.call(ops.cross_entropy, **inputs, return_lse=True)
+        dlogits = backend.call(ops.cross_entropy_bwd, **arguments)
         return {"loss": loss, "lse": lse, "dlogits": dlogits}
 
     assert_same_for_any_threads(set_num_threads, call)
 
 
 @pytest.mark.parametrize("layout", ["padded", "spread"])
-def test_inputs_and_what_lies_around_them_stay(gradient_backend: Backend, layout: str) -> None:
+def test_inputs_and_what_lies_around_them_stay(backend: Backend, layout: str) -> None:
     arguments = backward_arguments(LossCase(layout=layout), "none")
     arguments["lse"] = place(arguments["lse"], layout)
     names = ("logits", "targets", "lse")
     before = {name: arguments[name].copy() for name in names}
-    gradient_backend.call(ops.cross_entropy_bwd, **arguments)
-    gradient_backend.call(
-        ops.cross_entropy, logits=arguments["logits"], targets=arguments["targets"]
-    )
+    backend.call(ops.cross_entropy_bwd, **arguments)
+    backend.call(ops.cross_entropy, logits=arguments["logits"], targets=arguments["targets"])
     for name in names:
         assert_same_bits(arguments[name], before[name])
     for name in ("logits", "lse"):
@@ -224,12 +214,12 @@ def test_inputs_and_what_lies_around_them_stay(gradient_backend: Backend, layout
         ("reduction", "sum", ["sum"]),
     ],
 )
-def test_bad_argument(gradient_backend: Backend, name: str, bad: Any, words: list[str]) -> None:
+def test_bad_argument(backend: Backend, name: str, bad: Any, words: list[str]) -> None:
     with refuses("cross_entropy", name, *words):
-        gradient_backend.call(ops.cross_entropy, **{**LossCase().inputs(), name: bad})
+        backend.call(ops.cross_entropy, **{**LossCase().inputs(), name: bad})
     arguments = {**backward_arguments(LossCase(), "mean"), name: bad}
     with refuses("cross_entropy_bwd", name, *words):
-        gradient_backend.call(ops.cross_entropy_bwd, **arguments)
+        backend.call(ops.cross_entropy_bwd, **arguments)
 
 
 @pytest.mark.parametrize(

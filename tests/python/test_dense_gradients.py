@@ -61,25 +61,25 @@ def norm_arguments(case: NormCase) -> Arrays:
 
 
 @pytest.mark.parametrize("case", [*NORM_CASES, *GATED_NORM_CASES, *FLOAT64_NORM_CASES])
-def test_norm_agrees_with_reference(gradient_backend: Backend, case: NormCase) -> None:
+def test_norm_agrees_with_reference(backend: Backend, case: NormCase) -> None:
     arguments = norm_arguments(case)
     expected = reference_gradients.rms_norm_bwd(**arguments)
-    actual = backward(gradient_backend, ops.rms_norm_bwd, **arguments)
+    actual = backward(backend, ops.rms_norm_bwd, **arguments)
     assert_gradients(actual, expected, arguments)
 
 
 @pytest.mark.parametrize("rows", [16, 17, 2000])
-def test_norm_sums_over_many_rows(gradient_backend: Backend, rows: int) -> None:
+def test_norm_sums_over_many_rows(backend: Backend, rows: int) -> None:
     arguments = norm_arguments(NormCase(shape=(rows, 33)))
     expected = reference_gradients.rms_norm_bwd(**arguments)
-    actual = backward(gradient_backend, ops.rms_norm_bwd, **arguments)
+    actual = backward(backend, ops.rms_norm_bwd, **arguments)
     assert_gradients(actual, expected, arguments)
 
 
 @pytest.mark.parametrize("case", FLOAT64_NORM_CASES)
 @pytest.mark.parametrize("forward", [reference.rms_norm, ops.rms_norm])
 def test_norm_agrees_with_finite_differences(
-    gradient_backend: Backend, forward: Callable[..., Any], case: NormCase
+    backend: Backend, forward: Callable[..., Any], case: NormCase
 ) -> None:
     arguments = norm_arguments(case)
     inputs = {n: v for n, v in arguments.items() if n not in ("dout", "dresidual_out")}
@@ -92,26 +92,26 @@ def test_norm_agrees_with_finite_differences(
         of_r = 0 if inputs["residual"] is None else (arguments["dresidual_out"] * r).sum()
         return float((arguments["dout"] * out).sum() + of_r)
 
-    gradients = backward(gradient_backend, ops.rms_norm_bwd, **arguments)
+    gradients = backward(backend, ops.rms_norm_bwd, **arguments)
     assert_derivatives(loss, arrays_of(inputs), gradients)
 
 
 @pytest.mark.parametrize("case", FLOAT64_NORM_CASES)
-def test_norm_in_float64(gradient_backend: Backend, case: NormCase) -> None:
+def test_norm_in_float64(backend: Backend, case: NormCase) -> None:
     inputs = {n: v for n, v in norm_arguments(case).items() if not n.startswith("d")}
     expected_out, expected_r = reference.rms_norm(**inputs)
-    result = gradient_backend.call(ops.rms_norm, **inputs)
+    result = backend.call(ops.rms_norm, **inputs)
     out, r = result if isinstance(result, tuple) else (result, expected_r)
     assert_close(out, expected_out, "float64")
     assert_close(r, expected_r, "float64")
 
 
-def test_r_stands_for_x_and_residual(gradient_backend: Backend) -> None:
+def test_r_stands_for_x_and_residual(backend: Backend) -> None:
     arguments = norm_arguments(NormCase())
-    expected = backward(gradient_backend, ops.rms_norm_bwd, **arguments)
+    expected = backward(backend, ops.rms_norm_bwd, **arguments)
     arguments["x"] = arguments["x"] + arguments["residual"]
     arguments["residual"] = None
-    gradients = backward(gradient_backend, ops.rms_norm_bwd, **arguments)
+    gradients = backward(backend, ops.rms_norm_bwd, **arguments)
     for name in ("dx", "dweight"):
         assert_same_bits(gradients[name], expected[name])
 
@@ -145,44 +145,44 @@ def test_norm_adds_and_overwrites(dtype: str, layout: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norm_threads_do_not_change_a_bit(
-    gradient_backend: Backend, set_num_threads: Any, dtype: str
+    backend: Backend, set_num_threads: Any, dtype: str
 ) -> None:
     arguments = norm_arguments(NormCase(shape=(1501, 257), dtype=dtype, z_dtype=dtype))
     assert_same_for_any_threads(
-        set_num_threads, lambda: backward(gradient_backend, ops.rms_norm_bwd, **arguments)
+        set_num_threads, lambda: backward(backend, ops.rms_norm_bwd, **arguments)
     )
 
 
-def test_norm_rows_are_independent(gradient_backend: Backend) -> None:
+def test_norm_rows_are_independent(backend: Backend) -> None:
     arguments = norm_arguments(NormCase(shape=(7, 129)))
-    clean = backward(gradient_backend, ops.rms_norm_bwd, **arguments)
+    clean = backward(backend, ops.rms_norm_bwd, **arguments)
     arguments["x"][3, 100] = np.nan
-    gradients = backward(gradient_backend, ops.rms_norm_bwd, **arguments)
+    gradients = backward(backend, ops.rms_norm_bwd, **arguments)
     others = np.arange(7) != 3
     assert np.isnan(gradients["dx"][3]).all() and np.isnan(gradients["dweight"]).all()
     assert_same_bits(gradients["dx"][others], clean["dx"][others])
 
 
 @pytest.mark.parametrize("layout", ["padded", "spread"])
-def test_norm_inputs_and_what_lies_around_them_stay(gradient_backend: Backend, layout: str) -> None:
+def test_norm_inputs_and_what_lies_around_them_stay(backend: Backend, layout: str) -> None:
     arguments = norm_arguments(NormCase(layout=layout, z_dtype="float32"))
     inputs = {n: v for n, v in arrays_of(arguments).items() if not n.startswith("d")}
     before = {name: value.copy() for name, value in inputs.items()}
-    backward(gradient_backend, ops.rms_norm_bwd, **arguments)
+    backward(backend, ops.rms_norm_bwd, **arguments)
     for name, array in inputs.items():
         assert_same_bits(array, before[name])
         assert_only_poison_around(array)
 
 
 @pytest.mark.parametrize("name", ["x", "weight", "residual", "z", "dout", "dresidual_out"])
-def test_norm_zero_strides(gradient_backend: Backend, name: str) -> None:
+def test_norm_zero_strides(backend: Backend, name: str) -> None:
     arguments = norm_arguments(NormCase(z_dtype="float32"))
     shape = arguments[name].shape
     for axis in range(len(shape)):
         repeated = np.broadcast_to(arguments[name].take([0], axis=axis), shape)
         changed = {**arguments, name: repeated}
         expected = reference_gradients.rms_norm_bwd(**changed)
-        assert_gradients(backward(gradient_backend, ops.rms_norm_bwd, **changed), expected, changed)
+        assert_gradients(backward(backend, ops.rms_norm_bwd, **changed), expected, changed)
 
 
 @pytest.mark.parametrize(
@@ -200,12 +200,10 @@ def test_norm_zero_strides(gradient_backend: Backend, name: str) -> None:
         ("needs", ["dx"], ["dx"]),
     ],
 )
-def test_norm_bad_argument(
-    gradient_backend: Backend, name: str, bad: Any, words: list[str]
-) -> None:
+def test_norm_bad_argument(backend: Backend, name: str, bad: Any, words: list[str]) -> None:
     arguments = {**norm_arguments(NormCase(z_dtype="float32")), name: bad}
     with refuses("rms_norm_bwd", name, *words):
-        backward(gradient_backend, ops.rms_norm_bwd, **arguments)
+        backward(backend, ops.rms_norm_bwd, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -246,28 +244,28 @@ FLOAT64_LINEAR = LinearCase(dtype="float64", weight_dtype="float64", bias_dtype=
 
 
 @pytest.mark.parametrize("case", [*LINEAR_CASES, FLOAT64_LINEAR])
-def test_linear_agrees_with_reference(gradient_backend: Backend, case: LinearCase) -> None:
+def test_linear_agrees_with_reference(backend: Backend, case: LinearCase) -> None:
     arguments = linear_arguments(case)
     expected = reference_gradients.linear_bwd(**arguments)
-    assert_gradients(backward(gradient_backend, ops.linear_bwd, **arguments), expected, arguments)
+    assert_gradients(backward(backend, ops.linear_bwd, **arguments), expected, arguments)
 
 
 @pytest.mark.parametrize("rows", [1, 130, 500])
 @pytest.mark.parametrize(("in_features", "out_features"), [(16, 200), (33, 900), (770, 48)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_tiles(
-    gradient_backend: Backend, rows: int, in_features: int, out_features: int, dtype: str
+    backend: Backend, rows: int, in_features: int, out_features: int, dtype: str
 ) -> None:
     arguments = linear_arguments(
         LinearCase((rows,), in_features, out_features, dtype, dtype, bias_dtype=dtype)
     )
     expected = reference_gradients.linear_bwd(**arguments)
-    assert_gradients(backward(gradient_backend, ops.linear_bwd, **arguments), expected, arguments)
+    assert_gradients(backward(backend, ops.linear_bwd, **arguments), expected, arguments)
 
 
 @pytest.mark.parametrize("forward", [reference.linear, ops.linear])
 def test_linear_agrees_with_finite_differences(
-    gradient_backend: Backend, forward: Callable[..., Any]
+    backend: Backend, forward: Callable[..., Any]
 ) -> None:
     arguments = linear_arguments(FLOAT64_LINEAR)
     inputs = {n: v for n, v in arguments.items() if n != "dout"}
@@ -275,7 +273,7 @@ def test_linear_agrees_with_finite_differences(
     def loss() -> float:
         return float((arguments["dout"] * forward(**inputs)).sum())
 
-    gradients = backward(gradient_backend, ops.linear_bwd, **arguments)
+    gradients = backward(backend, ops.linear_bwd, **arguments)
     assert_derivatives(loss, arrays_of(inputs), gradients)
 
 
@@ -312,45 +310,43 @@ def test_linear_takes_only_what_it_needs() -> None:
 @pytest.mark.parametrize("shape", [(200, 300, 501), (2000, 16, 48), (3, 1000, 20)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_threads_do_not_change_a_bit(
-    gradient_backend: Backend, set_num_threads: Any, shape: tuple[int, int, int], dtype: str
+    backend: Backend, set_num_threads: Any, shape: tuple[int, int, int], dtype: str
 ) -> None:
     """Nor how the result is then divided into tiles."""
     rows, *features = shape
     arguments = linear_arguments(LinearCase((rows,), *features, dtype))
     assert_same_for_any_threads(
-        set_num_threads, lambda: backward(gradient_backend, ops.linear_bwd, **arguments)
+        set_num_threads, lambda: backward(backend, ops.linear_bwd, **arguments)
     )
 
 
-def test_linear_rows_do_not_depend_on_the_batch(gradient_backend: Backend) -> None:
+def test_linear_rows_do_not_depend_on_the_batch(backend: Backend) -> None:
     arguments = linear_arguments(LinearCase((300,)))
-    whole = backward(gradient_backend, ops.linear_bwd, **arguments, needs=["x"])["dx"]
+    whole = backward(backend, ops.linear_bwd, **arguments, needs=["x"])["dx"]
     for rows in (1, 5, 100):
         part = slice(7, 7 + rows)
         some = {**arguments, "x": arguments["x"][part], "dout": arguments["dout"][part]}
-        dx = backward(gradient_backend, ops.linear_bwd, **some, needs=["x"])["dx"]
+        dx = backward(backend, ops.linear_bwd, **some, needs=["x"])["dx"]
         assert_same_bits(dx, whole[part])
 
 
 @pytest.mark.parametrize("name", ["x", "weight", "dout"])
-def test_linear_zero_strides(gradient_backend: Backend, name: str) -> None:
+def test_linear_zero_strides(backend: Backend, name: str) -> None:
     arguments = linear_arguments(LinearCase())
     shape = arguments[name].shape
     for axis in range(len(shape)):
         repeated = np.broadcast_to(arguments[name].take([0], axis=axis), shape)
         changed = {**arguments, name: repeated}
         expected = reference_gradients.linear_bwd(**changed)
-        assert_gradients(backward(gradient_backend, ops.linear_bwd, **changed), expected, changed)
+        assert_gradients(backward(backend, ops.linear_bwd, **changed), expected, changed)
 
 
 @pytest.mark.parametrize("layout", ["padded", "spread"])
-def test_linear_inputs_and_what_lies_around_them_stay(
-    gradient_backend: Backend, layout: str
-) -> None:
+def test_linear_inputs_and_what_lies_around_them_stay(backend: Backend, layout: str) -> None:
     arguments = linear_arguments(LinearCase(layout=layout))
     arguments["dout"] = place(arguments["dout"], layout)
     before = {name: value.copy() for name, value in arguments.items()}
-    backward(gradient_backend, ops.linear_bwd, **arguments)
+    backward(backend, ops.linear_bwd, **arguments)
     for name, array in arguments.items():
         assert_same_bits(array, before[name])
         assert_only_poison_around(array)
@@ -367,12 +363,10 @@ def test_linear_inputs_and_what_lies_around_them_stay(
         ("needs", ["z"], ["z"]),
     ],
 )
-def test_linear_bad_argument(
-    gradient_backend: Backend, name: str, bad: Any, words: list[str]
-) -> None:
+def test_linear_bad_argument(backend: Backend, name: str, bad: Any, words: list[str]) -> None:
     arguments = {**linear_arguments(LinearCase()), name: bad}
     with refuses("linear_bwd", name, *words):
-        backward(gradient_backend, ops.linear_bwd, **arguments)
+        backward(backend, ops.linear_bwd, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -410,26 +404,26 @@ def embedding_arguments(
 @pytest.mark.parametrize("id_dtype", ["int32", "int64"])
 @pytest.mark.parametrize("shape", [(1,), (3, 40), (500,)])
 def test_embedding_agrees_with_reference(
-    gradient_backend: Backend, shape: tuple[int, ...], dtype: str, id_dtype: str
+    backend: Backend, shape: tuple[int, ...], dtype: str, id_dtype: str
 ) -> None:
     arguments = embedding_arguments(shape=shape, dtype=dtype, id_dtype=id_dtype)
-    dweight = gradient_backend.call(ops.embedding_bwd, **arguments)
+    dweight = backend.call(ops.embedding_bwd, **arguments)
     assert_close(dweight, reference_gradients.embedding_bwd(**arguments), dtype)
     assert not np.any(dweight[11:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_embedding_gradient_in_another_dtype(gradient_backend: Backend, dtype: str) -> None:
+def test_embedding_gradient_in_another_dtype(backend: Backend, dtype: str) -> None:
     arguments = embedding_arguments(dtype="bfloat16")
-    dweight = gradient_backend.call(ops.embedding_bwd, **arguments, dtype=dtype)
+    dweight = backend.call(ops.embedding_bwd, **arguments, dtype=dtype)
     assert dweight.dtype == DTYPES[dtype]
     assert_close(dweight, reference_gradients.embedding_bwd(**arguments), dtype)
 
 
-def test_embedding_in_float64(gradient_backend: Backend) -> None:
+def test_embedding_in_float64(backend: Backend) -> None:
     weight = np.random.default_rng(0).standard_normal((11, 19))
     token_ids = np.array([[3, 0], [10, 3]])
-    out = gradient_backend.call(ops.embedding, token_ids=token_ids, weight=weight)
+    out = backend.call(ops.embedding, token_ids=token_ids, weight=weight)
     assert_same_bits(out, weight[token_ids])
 
 
@@ -443,13 +437,11 @@ def test_embedding_adds_and_overwrites(dtype: str, layout: str) -> None:
     assert_adds_and_overwrites("embedding_bwd", arguments, expected, layout)
 
 
-def test_embedding_threads_do_not_change_a_bit(
-    gradient_backend: Backend, set_num_threads: Any
-) -> None:
+def test_embedding_threads_do_not_change_a_bit(backend: Backend, set_num_threads: Any) -> None:
     arguments = embedding_arguments(shape=(30000,))
     assert_same_for_any_threads(
         set_num_threads,
-        lambda: {"dweight": gradient_backend.call(ops.embedding_bwd, **arguments)},
+        lambda: {"dweight": backend.call(ops.embedding_bwd, **arguments)},
     )
 
 
@@ -464,9 +456,7 @@ def test_embedding_threads_do_not_change_a_bit(
         ("vocab_size", 0, ["0"]),
     ],
 )
-def test_embedding_bad_argument(
-    gradient_backend: Backend, name: str, bad: Any, words: list[str]
-) -> None:
+def test_embedding_bad_argument(backend: Backend, name: str, bad: Any, words: list[str]) -> None:
     arguments = {**embedding_arguments(), name: bad}
     with refuses("embedding_bwd", name, *words):
-        gradient_backend.call(ops.embedding_bwd, **arguments)
+        backend.call(ops.embedding_bwd, **arguments)

@@ -34,15 +34,15 @@ PER_STEP = ("du", "ddelta", "dB", "dC", "dz")
     layout=st.sampled_from(["contiguous", *LAYOUTS]),
 )
 def test_saved_states_spare_computing_them(
-    gradient_backend: Backend, chunk_size: int, dtype: str, A: str, **fields: Any
+    backend: Backend, chunk_size: int, dtype: str, A: str, **fields: Any
 ) -> None:
     case = ScanCase(dtype=dtype, A="real" if dtype == "float64" else A, **fields)
     inputs = case.inputs()
-    *_, states = gradient_backend.call(ops.selective_scan, **inputs, chunk_size=chunk_size)
+    *_, states = backend.call(ops.selective_scan, **inputs, chunk_size=chunk_size)
     inputs.update(output_gradients(case))
-    expected = backward(gradient_backend, **inputs)
+    expected = backward(backend, **inputs)
     saved = {"chunk_states": states, "chunk_size": chunk_size}
-    assert_all_close(backward(gradient_backend, **inputs, **saved), expected, inputs)
+    assert_all_close(backward(backend, **inputs, **saved), expected, inputs)
 
 
 @given(
@@ -55,22 +55,20 @@ def test_saved_states_spare_computing_them(
     layout=st.sampled_from(["contiguous", *LAYOUTS]),
 )
 def test_two_halves_are_the_whole(
-    gradient_backend: Backend, seqlen: int, split_at: float, dtype: str, A: str, **fields: Any
+    backend: Backend, seqlen: int, split_at: float, dtype: str, A: str, **fields: Any
 ) -> None:
     """With the state handed forward and its gradient handed back."""
     A = "real" if dtype == "float64" else A
     case = ScanCase(seqlen=seqlen, dtype=dtype, A=A, **fields)
     inputs, outputs = case.inputs(), output_gradients(case)
     middle = 1 + round(split_at * (seqlen - 2))
-    whole = backward(gradient_backend, **inputs, **outputs)
+    whole = backward(backend, **inputs, **outputs)
 
     first, second = scan_steps(inputs, 0, middle), scan_steps(inputs, middle, seqlen)
-    _, second["initial_state"] = gradient_backend.call(ops.selective_scan, **first)
-    late = backward(
-        gradient_backend, **{**outputs, "dout": outputs["dout"][..., middle:]}, **second
-    )
+    _, second["initial_state"] = backend.call(ops.selective_scan, **first)
+    late = backward(backend, **{**outputs, "dout": outputs["dout"][..., middle:]}, **second)
     early = backward(
-        gradient_backend,
+        backend,
         **first,
         dout=outputs["dout"][..., :middle],
         dlast_state=late["dinitial_state"],
@@ -95,7 +93,7 @@ def test_two_halves_are_the_whole(
     dtype=st.sampled_from([*DTYPES, "float64"]),
 )
 def test_packed_is_separate(
-    gradient_backend: Backend,
+    backend: Backend,
     lengths: list[int],
     chunk_size: int | None,
     A: str,
@@ -109,8 +107,8 @@ def test_packed_is_separate(
     states = replace(case, batch=len(lengths), initial_state=True).inputs()["initial_state"]
     inputs["initial_state"] = states
     cu_seqlens = boundaries(lengths)
-    saved = saved_states(gradient_backend, {**inputs, "cu_seqlens": cu_seqlens}, chunk_size)
-    packed = backward(gradient_backend, **inputs, **outputs, **saved, cu_seqlens=cu_seqlens)
+    saved = saved_states(backend, {**inputs, "cu_seqlens": cu_seqlens}, chunk_size)
+    packed = backward(backend, **inputs, **outputs, **saved, cu_seqlens=cu_seqlens)
 
     sums = {name: np.zeros_like(packed[name]) for name in packed}
     for s, (begin, end) in enumerate(pairwise(cu_seqlens)):
@@ -119,12 +117,12 @@ def test_packed_is_separate(
             assert_same_bits(packed["dinitial_state"][row], outputs["dlast_state"][row])
             continue
         steps = {**scan_steps(inputs, begin, end), "initial_state": states[row]}
-        saved = saved_states(gradient_backend, steps, chunk_size)
+        saved = saved_states(backend, steps, chunk_size)
         steps["dout"], steps["dlast_state"] = (
             outputs["dout"][..., begin:end],
             outputs["dlast_state"][row],
         )
-        alone = backward(gradient_backend, **steps, **saved)
+        alone = backward(backend, **steps, **saved)
         assert_same_bits(packed["dinitial_state"][row], alone["dinitial_state"])
         for name, gradient in alone.items():
             if name in PER_STEP and not (name == "dB" and B == "constant"):
@@ -141,27 +139,25 @@ def test_packed_is_separate(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("B", ["shared", "constant", "3 groups"])
 def test_threads_do_not_change_a_bit(
-    gradient_backend: Backend, set_num_threads: Any, dtype: str, A: str, B: str
+    backend: Backend, set_num_threads: Any, dtype: str, A: str, B: str
 ) -> None:
     case = ScanCase(batch=3, dim=201, seqlen=130, dstate=7, dtype=dtype, A=A, B=B)
     arguments = {**case.inputs(), **output_gradients(case)}
     set_num_threads(1)
-    once = backward(gradient_backend, **arguments)
+    once = backward(backend, **arguments)
     for threads in (1, 2, 3, 5):
         set_num_threads(threads)
-        again = backward(gradient_backend, **arguments)
+        again = backward(backend, **arguments)
         for name, gradient in once.items():
             assert_same_bits(again[name], gradient)
 
 
-def test_rows_do_not_depend_on_the_batch(gradient_backend: Backend) -> None:
+def test_rows_do_not_depend_on_the_batch(backend: Backend) -> None:
     case = ScanCase(batch=5, dim=150)
     arguments = {**case.inputs(), **output_gradients(case)}
-    whole = backward(gradient_backend, **arguments)
+    whole = backward(backend, **arguments)
     per_row = ("u", "delta", "z", "B", "C", "initial_state", "dout", "dlast_state")
-    alone = backward(
-        gradient_backend, **{**arguments, **{name: arguments[name][2:3] for name in per_row}}
-    )
+    alone = backward(backend, **{**arguments, **{name: arguments[name][2:3] for name in per_row}})
     for name in (*PER_STEP, "dinitial_state"):
         assert_same_bits(alone[name], np.ascontiguousarray(whole[name][2:3]))
 
@@ -174,7 +170,7 @@ def test_rows_do_not_depend_on_the_batch(gradient_backend: Backend) -> None:
     "name",
     ["u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state", "dout", "dlast_state"],
 )
-def test_zero_strides(gradient_backend: Backend, name: str, dtype: str) -> None:
+def test_zero_strides(backend: Backend, name: str, dtype: str) -> None:
     case = ScanCase(dtype=dtype)
     inputs = {**case.inputs(), **output_gradients(case)}
     shape = inputs[name].shape
@@ -182,27 +178,27 @@ def test_zero_strides(gradient_backend: Backend, name: str, dtype: str) -> None:
         repeated = np.broadcast_to(inputs[name].take([0], axis=axis), shape)
         arguments = {**inputs, name: repeated}
         expected = reference_gradients.selective_scan_bwd(**arguments)
-        assert_all_close(backward(gradient_backend, **arguments), expected, inputs)
+        assert_all_close(backward(backend, **arguments), expected, inputs)
 
 
 @pytest.mark.parametrize("layout", ["padded", "token-major padded", "spread"])
-def test_inputs_and_what_lies_around_them_stay(gradient_backend: Backend, layout: str) -> None:
+def test_inputs_and_what_lies_around_them_stay(backend: Backend, layout: str) -> None:
     case = ScanCase(layout=layout)
     inputs = case.inputs()
     arrays = {name: value for name, value in inputs.items() if isinstance(value, np.ndarray)}
     before = {name: value.copy() for name, value in arrays.items()}
-    backward(gradient_backend, **inputs, **output_gradients(case))
+    backward(backend, **inputs, **output_gradients(case))
     for name, array in arrays.items():
         assert_same_bits(array, before[name])
         assert_only_poison_around(array)
 
 
-def test_nan_in_one_channel_stays_there(gradient_backend: Backend) -> None:
+def test_nan_in_one_channel_stays_there(backend: Backend) -> None:
     case = ScanCase(dim=37)
     arguments = {**case.inputs(), **output_gradients(case)}
-    clean = backward(gradient_backend, **arguments)
+    clean = backward(backend, **arguments)
     arguments["u"][1, 5, 20] = np.nan
-    spoilt = backward(gradient_backend, **arguments)
+    spoilt = backward(backend, **arguments)
     # h is NaN from there on, and so is what is multiplied with it; du is not.
     assert np.isnan(spoilt["dA"][5]).all() and np.isnan(spoilt["ddelta"][1, 5, 20:]).all()
     assert np.isnan(spoilt["dB"][1, :, 20]).all() and np.isnan(spoilt["dC"][1, :, 20:]).all()

@@ -32,33 +32,29 @@ OPTIONS = ("D", "z", "delta_bias", "delta_softplus", "initial_state")
 
 
 @pytest.mark.parametrize("case", [*SCAN_CASES, *FLOAT64_SCAN_CASES, *COMPLEX_SCAN_CASES])
-def test_agrees_with_reference(gradient_backend: Backend, case: ScanCase) -> None:
-    assert_agrees(gradient_backend, case)
+def test_agrees_with_reference(backend: Backend, case: ScanCase) -> None:
+    assert_agrees(backend, case)
 
 
 @pytest.mark.parametrize(("B", "C"), list(product(FORMS, FORMS)))
 @pytest.mark.parametrize("A", ["real", "complex"])
 @pytest.mark.parametrize("dtype", [*DTYPES, "float64"])
-def test_every_form_of_B_and_C(
-    gradient_backend: Backend, B: str, C: str, A: str, dtype: str
-) -> None:
+def test_every_form_of_B_and_C(backend: Backend, B: str, C: str, A: str, dtype: str) -> None:
     case = ScanCase(B=B, C=C, A=A if dtype != "float64" else "real", dtype=dtype)
-    assert_agrees(gradient_backend, case)
+    assert_agrees(backend, case)
 
 
 @pytest.mark.parametrize("options", list(product([False, True], repeat=len(OPTIONS))))
 @pytest.mark.parametrize("form", ["constant", "3 groups"])
-def test_every_choice_of_options(
-    gradient_backend: Backend, form: str, options: tuple[bool, ...]
-) -> None:
+def test_every_choice_of_options(backend: Backend, form: str, options: tuple[bool, ...]) -> None:
     chosen = dict(zip(OPTIONS, options, strict=True))
-    assert_agrees(gradient_backend, ScanCase(B=form, C=form, seqlen=20, **chosen))
+    assert_agrees(backend, ScanCase(B=form, C=form, seqlen=20, **chosen))
 
 
 @pytest.mark.parametrize("dim", [256, 700])
 @pytest.mark.parametrize("batch", [1, 11])
-def test_sums_over_many_channels_and_rows(gradient_backend: Backend, dim: int, batch: int) -> None:
-    assert_agrees(gradient_backend, ScanCase(batch=batch, dim=dim, dstate=5, seqlen=70))
+def test_sums_over_many_channels_and_rows(backend: Backend, dim: int, batch: int) -> None:
+    assert_agrees(backend, ScanCase(batch=batch, dim=dim, dstate=5, seqlen=70))
 
 
 # --- Finite differences ---------------------------------------------------------------------------
@@ -70,11 +66,11 @@ SMALL = ScanCase(batch=2, dim=6, seqlen=5, dstate=2, dtype="float64")
 @pytest.mark.parametrize("delta_softplus", [False, True])
 @pytest.mark.parametrize(("B", "C"), [("constant", "3 groups"), ("3 groups", "1 group")])
 def test_agrees_with_finite_differences(
-    gradient_backend: Backend, scan: Any, delta_softplus: bool, B: str, C: str
+    backend: Backend, scan: Any, delta_softplus: bool, B: str, C: str
 ) -> None:
     case = replace(SMALL, B=B, C=C, delta_softplus=delta_softplus)
     inputs, outputs = case.inputs(), output_gradients(case)
-    gradients = backward(gradient_backend, **inputs, **outputs)
+    gradients = backward(backend, **inputs, **outputs)
     assert_is_gradient(scan, inputs, outputs, gradients)
 
 
@@ -111,12 +107,12 @@ def assert_is_gradient(scan: Any, inputs: Arrays, outputs: Arrays, gradients: Ar
 
 
 @pytest.mark.parametrize("case", [*REAL_SCANS, *COMPLEX_SCANS])
-def test_agrees_with_published_gradients(gradient_backend: Backend, case: str) -> None:
+def test_agrees_with_published_gradients(backend: Backend, case: str) -> None:
     tensors = load(case)
     inputs = scan_inputs(tensors)
     dout = tensors["dout"].astype(inputs["u"].dtype)
     for gradients in (
-        backward(gradient_backend, **inputs, dout=dout),
+        backward(backend, **inputs, dout=dout),
         reference_gradients.selective_scan_bwd(**inputs, dout=dout),
     ):
         assert gradients.keys() == {f"d{n}" for n in inputs if n != "delta_softplus"}
@@ -136,25 +132,25 @@ def test_agrees_with_published_gradients(gradient_backend: Backend, case: str) -
         pytest.param(50, 1000, id="state-decays-at-once"),
     ],
 )
-def test_range_of_delta(gradient_backend: Backend, low: float, high: float) -> None:
+def test_range_of_delta(backend: Backend, low: float, high: float) -> None:
     case = ScanCase(D=False, delta_bias=False)
     inputs = {**case.inputs(), **output_gradients(case)}
     delta = np.random.default_rng(1).uniform(low, high, inputs["delta"].shape)
     inputs["delta"] = delta.astype(np.float32)
     expected = reference_gradients.selective_scan_bwd(**inputs)
-    assert_all_close(backward(gradient_backend, **inputs), expected, inputs)
+    assert_all_close(backward(backend, **inputs), expected, inputs)
 
 
-def test_gate_saturates(gradient_backend: Backend) -> None:
+def test_gate_saturates(backend: Backend) -> None:
     case = ScanCase()
     inputs = {**case.inputs(), **output_gradients(case), "dlast_state": None}
     shut = np.full_like(inputs["z"], -1e4)
-    for gradient in backward(gradient_backend, **{**inputs, "z": shut}).values():
+    for gradient in backward(backend, **{**inputs, "z": shut}).values():
         assert np.abs(gradient).max() < 1e-30
     # A gate of z as good as multiplies by z.
     wide = np.full_like(inputs["z"], 64)
-    open_ = backward(gradient_backend, **{**inputs, "z": wide})
-    scaled = backward(gradient_backend, **{**inputs, "z": None, "dout": 64 * inputs["dout"]})
+    open_ = backward(backend, **{**inputs, "z": wide})
+    scaled = backward(backend, **{**inputs, "z": None, "dout": 64 * inputs["dout"]})
     for name, gradient in scaled.items():
         assert_close(open_[name], gradient, "float32")
 
@@ -162,22 +158,22 @@ def test_gate_saturates(gradient_backend: Backend) -> None:
 # --- What is asked for ----------------------------------------------------------------------------
 
 
-def test_only_what_is_needed(gradient_backend: Backend) -> None:
+def test_only_what_is_needed(backend: Backend) -> None:
     case = ScanCase()
     arguments = {**case.inputs(), **output_gradients(case)}
-    everything = backward(gradient_backend, **arguments)
+    everything = backward(backend, **arguments)
     for name, gradient in everything.items():
-        only = backward(gradient_backend, **arguments, needs=[name.removeprefix("d")])
+        only = backward(backend, **arguments, needs=[name.removeprefix("d")])
         assert only.keys() == {name}
         assert_same_bits(only[name], gradient)
 
 
-def test_without_a_gradient_of_the_state(gradient_backend: Backend) -> None:
+def test_without_a_gradient_of_the_state(backend: Backend) -> None:
     case = ScanCase()
     arguments = {**case.inputs(), **output_gradients(case)}
     zeros = np.zeros_like(arguments.pop("dlast_state"))
-    with_zeros = backward(gradient_backend, **arguments, dlast_state=zeros)
-    for name, gradient in backward(gradient_backend, **arguments).items():
+    with_zeros = backward(backend, **arguments, dlast_state=zeros)
+    for name, gradient in backward(backend, **arguments).items():
         assert_same_bits(gradient, with_zeros[name])
 
 
@@ -209,12 +205,12 @@ def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
         ("needs", ["x"], ["'x'"]),
     ],
 )
-def test_bad_argument(gradient_backend: Backend, name: str, bad: Any, words: list[str]) -> None:
+def test_bad_argument(backend: Backend, name: str, bad: Any, words: list[str]) -> None:
     case = ScanCase()
     saved = {"chunk_states": zeros(2, 3, 24, 16), "chunk_size": 30}
     arguments = {**case.inputs(), **output_gradients(case), **saved, name: bad}
     with refuses("selective_scan_bwd", name, *words):
-        gradient_backend.call(ops.selective_scan_bwd, **arguments)
+        backend.call(ops.selective_scan_bwd, **arguments)
 
 
 @pytest.mark.cuda
