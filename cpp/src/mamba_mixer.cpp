@@ -1,6 +1,5 @@
 // The Mamba block as a mixer.
 #include <algorithm>
-#include <cmath>
 
 #include "kernels.h"
 #include "mixer.h"
@@ -26,16 +25,11 @@ int64_t num_chunks(int64_t seqlen, const TensorView& cu_seqlens) {
 }
 
 // dA_log = dA · A, since A = -exp(A_log); all are (dim, dstate).
-void write_A_log_gradient(const TensorView& dA, const TensorView& A, const Gradient& dA_log) {
-  const auto at = [](const TensorView& tensor, int64_t d, int64_t n) -> float& {
-    return tensor.as<float>()[d * tensor.strides[0] + n * tensor.strides[1]];
-  };
-  for (int64_t d = 0; d < A.shape[0]; ++d)
-    for (int64_t n = 0; n < A.shape[1]; ++n) {
-      const float gradient = at(dA, d, n) * at(A, d, n);
-      float& out = at(dA_log.tensor, d, n);
-      out = dA_log.accumulate ? out + gradient : gradient;
-    }
+void write_A_log_gradient(const TensorView& dA, const TensorView& A, const Gradient& dA_log,
+                          const Exec& exec) {
+  const ParameterProductParams product{A.shape[0], A.shape[1], Strided<2>(dA), Strided<2>(A),
+                                       StridedGradient<2>(dA_log)};
+  launch("A_log", kernel_table(exec.context).parameter_product, product, exec);
 }
 
 class MambaMixer final : public Mixer {
@@ -60,8 +54,8 @@ class MambaMixer final : public Mixer {
       weights_.in_proj_bias = loader.parameter("mixer.in_proj.bias", layer, {2 * dim});
       weights_.out_proj_bias = loader.parameter("mixer.out_proj.bias", layer, {d_model});
     }
-    weights_.A = loader.channels_last("mixer.A_log", layer, {dim, dstate},
-                                      [](float A_log) { return -std::exp(A_log); });
+    weights_.A =
+        loader.channels_last("mixer.A_log", layer, {dim, dstate}, ParameterMap::negative_exp);
     weights_.dt_B_C_norm_eps = config.mixer_norm_eps;
   }
 
@@ -117,7 +111,7 @@ class MambaMixer final : public Mixer {
     const MambaBlockBwdArgs bwd = backward_block(args, dout, dx, gradients, scratch);
     mamba_block_bwd(bwd, scratch.rest(exec));
     const Gradient dA_log = gradient_of(gradients, "mixer.A_log", layer_);
-    if (dA_log.tensor) write_A_log_gradient(bwd.dweights.A.tensor, weights_.A, dA_log);
+    if (dA_log.tensor) write_A_log_gradient(bwd.dweights.A.tensor, weights_.A, dA_log, exec);
   }
 
  private:
@@ -195,7 +189,7 @@ class MambaMixer final : public Mixer {
     saved.delta_B_C = activation(weights_.x_proj.rows());
     saved.y = activation(dim);
     // Channels are contiguous in memory, as in the states.
-    const int64_t chunks = num_chunks(seqlen, args.cu_seqlens);
+    const int64_t chunks = num_chunks(seqlen, args.host_cu_seqlens);
     saved.chunk_states =
         scratch.tensor(DType::float32, {batch, chunks, dstate, dim}, args.x.device).transpose(2, 3);
     return saved;
