@@ -158,8 +158,8 @@ def test_bad_ids_of_the_gpu_are_reported(batch):
 def test_refuses_memory_of_another_place(batch):
     model = ssmcore.load(device="cuda", dtype="float32")
     gradients = {"backbone.norm_f.weight": np.zeros(model.config.d_model, np.float32)}
-    with pytest.raises(ssmcore.InvalidArgumentError, match="norm_f.*no memory on cuda"):
+    with pytest.raises(ssmcore.InvalidArgumentError, match=r"norm_f.*no memory on cuda"):
         model.loss_and_gradients(*batch, gradients=gradients)
     inputs = torch.from_numpy(batch[0]).cuda().T.contiguous().T
-    with pytest.raises(ssmcore.InvalidArgumentError, match="token_ids.*not contiguous"):
+    with pytest.raises(ssmcore.InvalidArgumentError, match=r"token_ids.*not contiguous"):
         model.loss_and_gradients(inputs, batch[1])
