@@ -3,6 +3,7 @@
 
 #include <cstddef>
 
+#include "adamw_params.h"
 #include "causal_conv1d_params.h"
 #include "checks.h"
 #include "cross_entropy_params.h"
@@ -34,10 +35,15 @@
   X(cross_entropy_fwd, CrossEntropyFwdParams)   \
   X(cross_entropy_bwd, CrossEntropyBwdParams)
 
+#define SSMCORE_FOR_EACH_OPTIMIZER_KERNEL(X) \
+  X(sum_of_squares, SumOfSquaresParams)      \
+  X(adamw, AdamWParams)
+
 // Compiled once per instruction set on the CPU.
 #define SSMCORE_FOR_EACH_VECTOR_KERNEL(X) \
   SSMCORE_FOR_EACH_FORWARD_KERNEL(X)      \
-  SSMCORE_FOR_EACH_GRADIENT_KERNEL(X)
+  SSMCORE_FOR_EACH_GRADIENT_KERNEL(X)     \
+  SSMCORE_FOR_EACH_OPTIMIZER_KERNEL(X)
 
 // On the CPU compiled once, for every instruction set.
 #define SSMCORE_FOR_EACH_PLAIN_KERNEL(X) \

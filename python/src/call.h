@@ -95,5 +95,6 @@ class Call {
 void bind_arrays(pybind11::module_& module);
 void bind_ops(pybind11::module_& module);
 void bind_model(pybind11::module_& module);
+void bind_trainer(pybind11::module_& module);
 
 }  // namespace ssmcore
