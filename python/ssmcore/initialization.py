@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from ssmcore import _core
+from ssmcore._cublaslt import find_cublaslt
 from ssmcore.errors import InvalidArgumentError
 from ssmcore.loading import dtype_of, resolved_device
 from ssmcore.model import Model
@@ -57,6 +58,8 @@ def create(
     if not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise InvalidArgumentError(f"create: seed is {seed!r}, expected an integer in [0, 2^64)")
     where = "cpu" if device == "auto" else resolved_device(device)
+    if where != "cpu":
+        find_cublaslt()
     language_model = _core.LanguageModel(
         _core.Checkpoint.initial(config, seed), dtype_of(dtype), True, where
     )
