@@ -3,6 +3,7 @@
 
 #include <cstddef>
 
+#include "adamw_params.h"
 #include "causal_conv1d_params.h"
 #include "checks.h"
 #include "cross_entropy_params.h"
@@ -33,7 +34,9 @@
   X(linear_bwd, LinearBwdParams)                \
   X(embedding_bwd, EmbeddingBwdParams)          \
   X(cross_entropy_fwd, CrossEntropyFwdParams)   \
-  X(cross_entropy_bwd, CrossEntropyBwdParams)
+  X(cross_entropy_bwd, CrossEntropyBwdParams)   \
+  X(sum_of_squares, SumOfSquaresParams)         \
+  X(adamw, AdamWParams)
 
 // On the CPU compiled once, for every instruction set.
 #define SSMCORE_FOR_EACH_PLAIN_KERNEL(X)       \

@@ -99,5 +99,6 @@ pybind11::object array_of(const TensorView& view, std::shared_ptr<const void> ow
 void bind_arrays(pybind11::module_& module);
 void bind_ops(pybind11::module_& module);
 void bind_model(pybind11::module_& module);
+void bind_trainer(pybind11::module_& module);
 
 }  // namespace ssmcore

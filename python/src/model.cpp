@@ -8,6 +8,7 @@
 #include "call.h"
 #include "ssmcore/checkpoint.h"
 #include "ssmcore/decoder.h"
+#include "ssmcore/initial_checkpoint.h"
 #include "ssmcore/language_model.h"
 #include "ssmcore/stream.h"
 
@@ -262,12 +263,15 @@ void bind_model(py::module_& module) {
       .def_readonly("eos_token_ids", &ModelConfig::eos_token_ids);
 
   module.def("open_model_config", &open_model_config, py::arg("folder"));
+  module.def("parse_model_config", &parse_model_config, py::arg("json"));
   module.def("open_shard_index", &open_shard_index, py::arg("path"));
 
   py::class_<Checkpoint>(module, "Checkpoint")
       .def_static("open", &open_checkpoint, py::arg("folder"),
                   py::call_guard<py::gil_scoped_release>())
       .def_static("from_tensors", &checkpoint_from_tensors, py::arg("config"), py::arg("tensors"))
+      .def_static("initial", &initial_checkpoint, py::arg("config"), py::arg("seed"),
+                  py::call_guard<py::gil_scoped_release>())
       .def_readonly("config", &Checkpoint::config)
       .def("tensors", &describe_tensors);
 

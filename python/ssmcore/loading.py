@@ -16,7 +16,7 @@ from ssmcore.errors import InvalidArgumentError
 from ssmcore.model import Model
 from ssmcore.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 
-_BUNDLED = Path(__file__).parent / "assets" / "mamba1-prose"
+BUNDLED = Path(__file__).parent / "assets" / "mamba1-prose"
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 _HUB_FILES = (
@@ -78,7 +78,7 @@ def load(
         BackendError: for a device that this build or machine does not have, and out of memory.
     """
     device, activations = resolved_device(device), dtype_of(dtype)
-    folder = _BUNDLED if path_or_hub_id is None else find_folder(path_or_hub_id)
+    folder = BUNDLED if path_or_hub_id is None else find_folder(path_or_hub_id)
     is_torch = any((folder / name).exists() for name in (_TORCH_FILE, _TORCH_INDEX))
     if is_torch and not _has_safetensors(folder):
         checkpoint = _open_torch_checkpoint(folder)

@@ -55,7 +55,8 @@ typedef enum ssmcore_status {
   SSMCORE_OUT_OF_MEMORY,
   SSMCORE_UNSUPPORTED, /* valid, but not available in this build or on this device */
   SSMCORE_DEVICE_ERROR,
-  SSMCORE_INTERNAL /* a mistake in ssmcore */
+  SSMCORE_INTERNAL,  /* a mistake in ssmcore */
+  SSMCORE_NOT_FINITE /* training met an infinity or a NaN */
 } ssmcore_status;
 
 /* What went wrong in the calling thread's last call that failed ("" before one has), in UTF-8.
