@@ -24,14 +24,6 @@ int64_t num_chunks(int64_t seqlen, const TensorView& cu_seqlens) {
   return sum;
 }
 
-// dA_log = dA · A, since A = -exp(A_log); all are (dim, dstate).
-void write_A_log_gradient(const TensorView& dA, const TensorView& A, const Gradient& dA_log,
-                          const Exec& exec) {
-  const ParameterProductParams product{A.shape[0], A.shape[1], Strided<2>(dA), Strided<2>(A),
-                                       StridedGradient<2>(dA_log)};
-  launch("A_log", kernel_table(exec.context).parameter_product, product, exec);
-}
-
 class MambaMixer final : public Mixer {
  public:
   MambaMixer(const ModelConfig& config, int64_t layer, DType dtype, WeightLoader& loader)
@@ -93,11 +85,10 @@ class MambaMixer final : public Mixer {
 
   size_t train_workspace_size(const MixerTrainArgs& args, const NamedGradients& gradients,
                               const Context& context) const override {
-    Scratch scratch = Scratch::nowhere();
     // x stands for what has its shape.
-    const MambaBlockBwdArgs bwd = backward_block(args, args.x, args.x, gradients, scratch);
+    const MambaBlockBwdArgs bwd = backward_block(args, args.x, args.x, gradients);
     return std::max(mamba_block_train_fwd_workspace_size(forward_block(args, args.x), context),
-                    scratch.used() + mamba_block_bwd_workspace_size(bwd, context));
+                    mamba_block_bwd_workspace_size(bwd, context));
   }
 
   void train_forward(const MixerTrainArgs& args, const TensorView& out,
@@ -107,11 +98,7 @@ class MambaMixer final : public Mixer {
 
   void backward(const MixerTrainArgs& args, const TensorView& dout, const TensorView& dx,
                 const NamedGradients& gradients, const Exec& exec) const override {
-    Scratch scratch(exec.workspace);
-    const MambaBlockBwdArgs bwd = backward_block(args, dout, dx, gradients, scratch);
-    mamba_block_bwd(bwd, scratch.rest(exec));
-    const Gradient dA_log = gradient_of(gradients, "mixer.A_log", layer_);
-    if (dA_log.tensor) write_A_log_gradient(bwd.dweights.A.tensor, weights_.A, dA_log, exec);
+    mamba_block_bwd(backward_block(args, dout, dx, gradients), exec);
   }
 
  private:
@@ -206,10 +193,8 @@ class MambaMixer final : public Mixer {
     return block;
   }
 
-  // The gradient of A, of which that of A_log is made, lies in the scratch.
   MambaBlockBwdArgs backward_block(const MixerTrainArgs& args, const TensorView& dout,
-                                   const TensorView& dx, const NamedGradients& gradients,
-                                   Scratch& scratch) const {
+                                   const TensorView& dx, const NamedGradients& gradients) const {
     MambaBlockBwdArgs block;
     block.weights = &weights_;
     block.x = args.x;
@@ -228,9 +213,7 @@ class MambaMixer final : public Mixer {
     dweights.x_proj = of("mixer.x_proj.weight");
     dweights.dt_proj = of("mixer.dt_proj.weight");
     dweights.dt_bias = of("mixer.dt_proj.bias");
-    dweights.A = {
-        scratch.tensor(DType::float32, {weights_.A.shape[1], weights_.A.shape[0]}, args.x.device)
-            .transpose(0, 1)};
+    dweights.A_log = of("mixer.A_log");
     dweights.D = of("mixer.D");
     dweights.out_proj = of("mixer.out_proj.weight");
     dweights.out_proj_bias = of("mixer.out_proj.bias");

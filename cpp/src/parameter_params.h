@@ -18,8 +18,9 @@ struct ParameterCopyParams {
   Strided<2> to;    // (rows, cols)
 };
 
-// to = a b, element by element, or to += a b; all (rows, cols), float32.
+// to = a b, element by element, or to += a b; all (rows, cols), float32 or float64.
 struct ParameterProductParams {
+  DType dtype;
   int64_t rows, cols;
   Strided<2> a, b;
   StridedGradient<2> to;

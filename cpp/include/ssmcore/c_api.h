@@ -616,8 +616,7 @@ SSMCORE_C_API ssmcore_status ssmcore_mamba_block_train_fwd(
     const ssmcore_context* context, const ssmcore_mamba_block_train_fwd_args* args, void* workspace,
     size_t workspace_bytes, void* stream);
 
-/* Its backward: the gradients of a scalar, given those with respect to what it wrote. CPU only, so
- * far. */
+/* Its backward: the gradients of a scalar, given those with respect to what it wrote. */
 typedef struct ssmcore_mamba_block_bwd_args {
   size_t struct_size;
   /* As the forward had and wrote them. */
@@ -641,10 +640,11 @@ typedef struct ssmcore_mamba_block_bwd_args {
   ssmcore_gradient dx_proj;
   ssmcore_gradient ddt_proj;
   ssmcore_gradient ddt_bias;
-  ssmcore_gradient dA; /* that of A_log is dA · A */
+  ssmcore_gradient dA;
   ssmcore_gradient dD;
   ssmcore_gradient dout_proj;
   ssmcore_gradient dout_proj_bias;
+  ssmcore_gradient dA_log; /* instead of dA: of A = -exp(A_log), which is dA · A */
 } ssmcore_mamba_block_bwd_args;
 
 SSMCORE_C_API ssmcore_status ssmcore_mamba_block_bwd_workspace_size(

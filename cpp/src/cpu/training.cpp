@@ -6,8 +6,19 @@
 namespace ssmcore::cpu {
 namespace {
 
-float* element(const Strided<2>& tensor, int64_t row, int64_t col) {
-  return static_cast<float*>(tensor.data) + row * tensor.stride[0] + col * tensor.stride[1];
+template <typename T>
+T& at(const Strided<2>& tensor, int64_t row, int64_t col) {
+  return static_cast<T*>(tensor.data)[row * tensor.stride[0] + col * tensor.stride[1]];
+}
+
+template <typename T>
+void multiply(const ParameterProductParams& p) {
+  for (int64_t row = 0; row < p.rows; ++row)
+    for (int64_t col = 0; col < p.cols; ++col) {
+      const T product = at<T>(p.a, row, col) * at<T>(p.b, row, col);
+      T& to = at<T>(p.to, row, col);
+      to = p.to.accumulate ? to + product : product;
+    }
 }
 
 }  // namespace
@@ -20,7 +31,7 @@ size_t parameter_copy_workspace_size(const ParameterCopyParams&, const Context&)
 void parameter_copy(const ParameterCopyParams& p, const Exec&) {
   for (int64_t row = 0; row < p.rows; ++row)
     for (int64_t col = 0; col < p.cols; ++col)
-      *element(p.to, row, col) = apply(p.map, *element(p.from, row, col));
+      at<float>(p.to, row, col) = apply(p.map, at<float>(p.from, row, col));
 }
 
 size_t parameter_product_workspace_size(const ParameterProductParams&, const Context&) {
@@ -28,12 +39,10 @@ size_t parameter_product_workspace_size(const ParameterProductParams&, const Con
 }
 
 void parameter_product(const ParameterProductParams& p, const Exec&) {
-  for (int64_t row = 0; row < p.rows; ++row)
-    for (int64_t col = 0; col < p.cols; ++col) {
-      const float product = *element(p.a, row, col) * *element(p.b, row, col);
-      float& to = *element(p.to, row, col);
-      to = p.to.accumulate ? to + product : product;
-    }
+  if (p.dtype == DType::float64)
+    multiply<double>(p);
+  else
+    multiply<float>(p);
 }
 
 size_t loss_weight_workspace_size(const LossWeightParams&, const Context&) {
