@@ -32,6 +32,7 @@ struct GeneralBwdShape {
   // Threads that add up a channel side by side, by shuffles; a channel may take several such teams.
   __host__ __device__ int team() const { return lanes < 32 ? lanes : 32; }
   __host__ __device__ int teams() const { return kThreads / team(); }
+  __host__ __device__ int channel_teams() const { return lanes < 32 ? 1 : lanes / 32; }
   __host__ __device__ int64_t starts() const { return (segment_l + block_l - 1) / block_l; }
 };
 

@@ -97,11 +97,12 @@ struct TilePlace {
 // conflicts, and quads are aligned.
 template <typename Real>
 struct TileStaging {
+  using Quad = Vector<Real, GeneralBwdShape::kQuad>;
+
   int stride_kept, stride_n, stride_d, stride_team;
   Real* kept;             // (block_l, kThreads, 4): the states after each step, then dh
   Real *B, *C;            // varying: (block_l, quads of all lanes); constant: (kThreads, 4)
-  Real *delta, *delta_u;  // (block_l, tile_d)
-  Real* dy;               // (block_l, tile_d)
+  Quad* inputs;           // (block_l, tile_d): delta, delta u, dy and nothing
   Real *y, *dx, *ddelta;  // (block_l, teams): to be added up over the teams of a channel
 
   __host__ __device__ TileStaging(Real* memory, const GeneralBwdShape& s) {
@@ -115,10 +116,9 @@ struct TileStaging {
     B = kept + s.block_l * stride_kept;
     const int varying = s.block_l * stride_n;
     C = B + (varying > kNumbers ? varying : kNumbers);
-    delta = C + (C - B);
-    delta_u = delta + s.block_l * stride_d;
-    dy = delta_u + s.block_l * stride_d;
-    y = dy + s.block_l * stride_d;
+    Real* const end = C + (C - B);
+    inputs = reinterpret_cast<Quad*>(end);
+    y = end + s.block_l * stride_d * GeneralBwdShape::kQuad;
     dx = y + s.block_l * stride_team;
     ddelta = dx + s.block_l * stride_team;
   }
@@ -274,7 +274,7 @@ class TileBackward {
   // Of a block after a row's first in the segment. A row's are block_l apart, and further from
   // those of other rows, so that no two have one place.
   __device__ Quad& block_start(const Segment& segment, int64_t batch, int64_t t) const {
-    const int64_t at = (t - segment.begin) / s.block_l - 1;
+    const int64_t at = ((t - segment.begin) >> (__ffs(s.block_l) - 1)) - 1;
     return memory.starts[((batch * s.starts() + at) * tiles() + index) * kThreads + threadIdx.x];
   }
   // The states before the row's first step in a segment.
@@ -292,16 +292,17 @@ class TileBackward {
   __device__ void keep_constant(const Strided<3>& tensor, Real* to) const {
     store_vector(to + threadIdx.x * kQuad, place.load(tensor));
   }
-  // Where a thread finds its B or C of step i: at data + i stride.
+  // Where a thread finds its B or C of step i in what is staged: at first + i stride.
   struct Coefficients {
-    const Real* data;
-    int stride;
+    int first, stride;
 
-    __device__ States at(int i) const { return States(load_vector<kQuad>(data + i * stride)); }
+    __device__ States load(const Real* staged, int i) const {
+      return States(load_vector<kQuad>(staged + first + i * stride));
+    }
   };
-  __device__ Coefficients coefficients(const Real* staged, bool varying) const {
-    if (varying) return {staged + place.first_n * kParts, staging.stride_n};
-    return {staged + threadIdx.x * kQuad, 0};
+  __device__ Coefficients coefficients(bool varying) const {
+    if (varying) return {place.first_n * kParts, staging.stride_n};
+    return {static_cast<int>(threadIdx.x) * kQuad, 0};
   }
 
   __device__ static int padded(int steps) { return (steps + kSteps - 1) / kSteps * kSteps; }
@@ -317,10 +318,7 @@ class TileBackward {
   // gradients as they are. C and dy = dout SiLU(z) are for going back.
   template <bool kBack>
   __device__ void stage(int64_t batch, int64_t t, int steps) const {
-    if (fwd.B.data != nullptr)
-      stage_coefficients(plane_of<const T>(fwd.B, batch, group), t, steps, staging.B);
-    if (kBack && fwd.C.data != nullptr)
-      stage_coefficients(plane_of<const T>(fwd.C, batch, group), t, steps, staging.C);
+    stage_coefficients<kBack>(batch, t, steps);
     const Plane<const T> u = plane_of<const T>(fwd.u, batch, place.head);
     const Plane<const T> delta = plane_of<const T>(fwd.delta, batch, place.head);
     const Plane<const T> dout = plane_of<const T>(p.dout, batch, place.head);
@@ -328,7 +326,7 @@ class TileBackward {
     struct Inputs {
       T u, delta, dout, z;
     };
-    for_each_element<kThreads>(
+    for_each_element<kThreads, 1>(
         s.tile_d, s.block_l, padded(steps), u.stride_t < u.stride_i,
         [&](int d, int i) {
           Inputs inputs{};
@@ -340,29 +338,41 @@ class TileBackward {
           return inputs;
         },
         [&](int d, int i, const Inputs& inputs) {
-          const int at = i * staging.stride_d + d;
           Real dt = to_real(inputs.delta) + parameter(fwd.delta_bias, d);
           if (fwd.delta_softplus) dt = softplus(dt);
           if (d >= place.channels || i >= steps) dt = 0;
-          staging.delta[at] = dt;
-          staging.delta_u[at] = dt * to_real(inputs.u);
-          if (!kBack) return;
-          Real dy = to_real(inputs.dout);
-          if (z.data != nullptr) dy *= silu(to_real(inputs.z));
-          staging.dy[at] = dy;
+          Real dy = 0;
+          if (kBack) dy = to_real(inputs.dout);
+          if (kBack && z.data != nullptr) dy *= silu(to_real(inputs.z));
+          staging.inputs[i * staging.stride_d + d] = {dt, dt * to_real(inputs.u), dy, 0};
         });
   }
 
-  // The states that no n < dstate stands for get zeros.
-  __device__ void stage_coefficients(const Plane<const T>& from, int64_t t, int steps,
-                                     Real* to) const {
-    for_each_element<kThreads>(
-        s.lanes * kQuad, s.block_l, padded(steps), from.stride_t < from.stride_i,
+  // Varying B and, for going back, C. The states that no n < dstate stands for get zeros.
+  template <bool kBack>
+  __device__ void stage_coefficients(int64_t batch, int64_t t, int steps) const {
+    const Plane<const T> B = plane_of<const T>(fwd.B, batch, group);
+    const Plane<const T> C = kBack ? plane_of<const T>(fwd.C, batch, group) : Plane<const T>{};
+    const Plane<const T>& either = B.data != nullptr ? B : C;
+    if (either.data == nullptr) return;
+    struct Pair {
+      T B, C;
+    };
+    for_each_element<kThreads, 4>(
+        s.lanes * kQuad, s.block_l, padded(steps), either.stride_t < either.stride_i,
         [&](int i, int step) {
-          const int n = i / kParts, part = i % kParts;
-          return n < fwd.dstate && step < steps ? from.at(n, kParts * (t + step) + part) : T{};
+          Pair pair{};
+          const int64_t n = i / kParts, at = kParts * (t + step) + i % kParts;
+          if (n >= fwd.dstate || step >= steps) return pair;
+          if (B.data != nullptr) pair.B = B.at(n, at);
+          if (C.data != nullptr) pair.C = C.at(n, at);
+          return pair;
         },
-        [&](int i, int step, T value) { to[step * staging.stride_n + i] = to_real(value); });
+        [&](int i, int step, const Pair& pair) {
+          const int at = step * staging.stride_n + i;
+          if (B.data != nullptr) staging.B[at] = to_real(pair.B);
+          if (C.data != nullptr) staging.C[at] = to_real(pair.C);
+        });
   }
 
   __device__ void advance_block(int64_t batch, int64_t t, int steps) {
@@ -378,18 +388,19 @@ class TileBackward {
     for (int distance = team / 2; distance > 0; distance /= 2)
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) sum[k] += __shfl_xor_sync(~0u, sum[k], distance);
-    if (threadIdx.x % team != 0) return;
+    if ((threadIdx.x & (team - 1)) != 0) return;
+    const int at =
+        first * staging.stride_team + (static_cast<int>(threadIdx.x) >> (__ffs(team) - 1));
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k)
-      to[(first + k) * staging.stride_team + threadIdx.x / team] = sum[k];
+    for (int k = 0; k < kSteps; ++k) to[at + k * staging.stride_team] = sum[k];
   }
   // Where the first team of a channel leaves its sum of step i, and the sum of all its teams.
   __device__ int team_of(int d, int i) const {
-    return i * staging.stride_team + d * (s.lanes / s.team());
+    return i * staging.stride_team + d * (s.channel_teams());
   }
   __device__ Real total(const Real* sums, int d, int i) const {
     Real sum = 0;
-    for (int k = 0; k < s.lanes / s.team(); ++k) sum += sums[team_of(d, i) + k];
+    for (int k = 0; k < s.channel_teams(); ++k) sum += sums[team_of(d, i) + k];
     return sum;
   }
 
@@ -401,21 +412,21 @@ class TileBackward {
   // (without D u).
   template <bool kBack>
   __device__ void advance(int steps) {
-    const Coefficients B = coefficients(staging.B, fwd.B.data != nullptr);
-    const Coefficients C = coefficients(staging.C, fwd.C.data != nullptr);
+    const Coefficients all_B = coefficients(fwd.B.data != nullptr);
+    const Coefficients all_C = coefficients(fwd.C.data != nullptr);
     for (int i = 0; i < steps; i += kSteps) {
       Real y[kSteps] = {};
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
-        const int at = (i + k) * staging.stride_d + place.channel;
-        const Real dt = staging.delta[at], x = staging.delta_u[at];
-        const States B_k = B.at(i + k);
+        const Quad inputs = staging.inputs[(i + k) * staging.stride_d + place.channel];
+        const Real dt = inputs.value[0], x = inputs.value[1];
+        const States B_k = all_B.load(staging.B, i + k);
 #pragma unroll
         for (int n = 0; n < kN; ++n) h[n] = advance_again(decay(dt, rate[n]), h[n], x, B_k[n]);
         if (!kBack) continue;
         store_vector(kept(i + k, threadIdx.x), h.quad());
         if (p.dz.data == nullptr) continue;
-        const States C_k = C.at(i + k);
+        const States C_k = all_C.load(staging.C, i + k);
 #pragma unroll
         for (int n = 0; n < kN; ++n) y[k] += kParts * real_product(C_k[n], h[n]);
       }
@@ -426,32 +437,28 @@ class TileBackward {
   // Goes back over staged steps whose states are kept, `before` being the ones before; leaves dh in
   // their place.
   __device__ void reverse(int steps, const States& before) {
-    const Coefficients B = coefficients(staging.B, fwd.B.data != nullptr);
-    const Coefficients C = coefficients(staging.C, fwd.C.data != nullptr);
-    const bool constant_B = fwd.B.data == nullptr, constant_C = fwd.C.data == nullptr;
+    const Coefficients all_B = coefficients(fwd.B.data != nullptr);
+    const Coefficients all_C = coefficients(fwd.C.data != nullptr);
     States dA_sum{}, dB_sum{}, dC_sum{};
     States after(load_vector<kQuad>(kept(padded(steps) - 1, threadIdx.x)));
     for (int i = padded(steps) - kSteps; i >= 0; i -= kSteps) {
       Real dx[kSteps] = {}, ddelta[kSteps] = {};
 #pragma unroll
       for (int k = kSteps - 1; k >= 0; --k) {
-        const int at = (i + k) * staging.stride_d + place.channel;
-        const Real dt = staging.delta[at], x = staging.delta_u[at], dy = kParts * staging.dy[at];
-        const States B_k = B.at(i + k), C_k = C.at(i + k);
+        const Quad inputs = staging.inputs[(i + k) * staging.stride_d + place.channel];
+        const Real dt = inputs.value[0], x = inputs.value[1], dy = kParts * inputs.value[2];
+        const States B_k = all_B.load(staging.B, i + k);
+        const States C_k = all_C.load(staging.C, i + k);
         const States earlier =
             i + k > 0 ? States(load_vector<kQuad>(kept(i + k - 1, threadIdx.x))) : before;
 #pragma unroll
         for (int n = 0; n < kN; ++n) {
           dh[n] = add_scaled_conjugate(dh[n], dy, C_k[n]);
           dx[k] = add_inner(dx[k], dh[n], B_k[n]);
+          dB_sum[n] = add_scaled(dB_sum[n], x, dh[n]);  // without asking whether B is constant
+          dC_sum[n] = add_scaled_conjugate(dC_sum[n], dy, after[n]);
         }
         store_vector(kept(i + k, threadIdx.x), dh.quad());
-        if (constant_B)
-#pragma unroll
-          for (int n = 0; n < kN; ++n) dB_sum[n] = add_scaled(dB_sum[n], x, dh[n]);
-        if (constant_C)
-#pragma unroll
-          for (int n = 0; n < kN; ++n) dC_sum[n] = add_scaled_conjugate(dC_sum[n], dy, after[n]);
 #pragma unroll
         for (int n = 0; n < kN; ++n) {
           dh[n] = conjugate_product(decay(dt, rate[n]), dh[n]);
@@ -479,13 +486,12 @@ class TileBackward {
     if (dC_of_steps != nullptr) {
       // dC = h̄ dy, of complex numbers 2 h̄ dy
       const Real re = kParts, im = kComplex ? -re : re;
-      add_channels(staging.dy, {re, im, re, im}, steps, dC_of_steps, is_first);
+      add_channels(2, {re, im, re, im}, steps, dC_of_steps, is_first);
       __syncthreads();
     }
     reverse(steps, before);
     __syncthreads();
-    if (dB_of_steps != nullptr)
-      add_channels(staging.delta_u, {1, 1, 1, 1}, steps, dB_of_steps, is_first);
+    if (dB_of_steps != nullptr) add_channels(1, {1, 1, 1, 1}, steps, dB_of_steps, is_first);
     finish(batch, t, steps);
     __syncthreads();
     if (threadIdx.x >= s.tile_d) return;
@@ -498,25 +504,27 @@ class TileBackward {
     ddelta_bias += ddelta_sum;
   }
 
-  // What is kept of every step, weighed by channel and summed over the channels, times `factor`.
-  __device__ void add_channels(const Real* weight, const Quad& factor, int steps, Quad* to,
+  // What is kept of every step, weighed by number `weight` of the channels' inputs, summed over
+  // the channels and multiplied by `factor`.
+  __device__ void add_channels(int weight, const Quad& factor, int steps, Quad* to,
                                bool is_first) const {
-    for (int e = threadIdx.x; e < steps * s.quads; e += kThreads) {
-      const int i = e / s.quads, quad = e % s.quads;
+    for (int e = threadIdx.x; e < steps * s.lanes; e += kThreads) {
+      const int i = e >> (__ffs(s.lanes) - 1), quad = e & (s.lanes - 1);
+      if (quad >= s.quads) continue;
       Quad sum{};
 #pragma unroll 4
       for (int d = 0; d < s.tile_d; ++d) {
         const Quad from = load_vector<kQuad>(kept(i, d * s.lanes + quad));
+        const Real by = staging.inputs[i * staging.stride_d + d].value[weight];
 #pragma unroll
-        for (int j = 0; j < kQuad; ++j)
-          sum.value[j] += weight[i * staging.stride_d + d] * from.value[j];
+        for (int j = 0; j < kQuad; ++j) sum.value[j] += by * from.value[j];
       }
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) {
         sum.value[j] *= factor.value[j];
-        if (!is_first) sum.value[j] += to[e].value[j];
+        if (!is_first) sum.value[j] += to[i * s.quads + quad].value[j];
       }
-      to[e] = sum;
+      to[i * s.quads + quad] = sum;
     }
   }
 
@@ -533,7 +541,7 @@ class TileBackward {
     struct Inputs {
       T u, delta, dout, z;
     };
-    for_each_element<kThreads>(
+    for_each_element<kThreads, 1>(
         s.tile_d, s.block_l, steps, u.stride_t < u.stride_i,
         [&](int d, int i) {
           Inputs inputs{};
@@ -546,8 +554,8 @@ class TileBackward {
         },
         [&](int d, int i, const Inputs& inputs) {
           if (d >= place.channels) return;
-          const int at = i * staging.stride_d + d;
-          const Real u_i = to_real(inputs.u), D = parameter(fwd.D, d), dy = staging.dy[at];
+          const Quad& staged = staging.inputs[i * staging.stride_d + d];
+          const Real u_i = to_real(inputs.u), D = parameter(fwd.D, d), dy = staged.value[2];
           const Real dx = total(staging.dx, d, i);
           Real ddelta = u_i * dx + total(staging.ddelta, d, i);
           if (fwd.delta_softplus) {
@@ -561,8 +569,7 @@ class TileBackward {
                 to_real(inputs.dout) * slope * (total(staging.y, d, i) + D * u_i), p.dz.accumulate);
           }
           if (to_du.data != nullptr)
-            put(to_du.at(place.first_d + d, t + i), staging.delta[at] * dx + D * dy,
-                p.du.accumulate);
+            put(to_du.at(place.first_d + d, t + i), staged.value[0] * dx + D * dy, p.du.accumulate);
           if (to_ddelta.data != nullptr)
             put(to_ddelta.at(place.first_d + d, t + i), ddelta, p.ddelta.accumulate);
           staging.y[team_of(d, i)] = dy * u_i;

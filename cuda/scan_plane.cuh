@@ -22,12 +22,11 @@ __device__ Plane<T> plane_of(const Strided<4>& tensor, int64_t i, int64_t j) {
 }
 
 // For all i < width and t < steps: use(i, t, load(i, t)), neighbouring threads of kThreads on
-// neighbouring memory, several loads in flight. `width` and `block_l` are powers of two, steps ≤
+// neighbouring memory, kAtOnce loads in flight. `width` and `block_l` are powers of two, steps ≤
 // block_l. Calls with the same sizes give a thread the same elements.
-template <int kThreads, typename Load, typename Use>
+template <int kThreads, int kAtOnce, typename Load, typename Use>
 __device__ void for_each_element(int width, int block_l, int steps, bool along_t, const Load& load,
                                  const Use& use) {
-  constexpr int kAtOnce = 4;
   const int inner = along_t ? block_l : width, shift = __ffs(inner) - 1;
   const int elements = along_t ? width * block_l : width * steps;
   for (int first = threadIdx.x; first < elements; first += kAtOnce * kThreads) {

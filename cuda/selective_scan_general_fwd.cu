@@ -16,7 +16,8 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kMaxBlockL = 32;
-constexpr int kSteps = 4;  // taken together, so that their latencies overlap
+constexpr int kAtOnce = 4;  // loads in flight when operands are staged
+constexpr int kSteps = 4;   // taken together, so that their latencies overlap
 
 constexpr int kFewStates = 2, kManyStates = 8;  // of a thread
 constexpr int kMaxStates = 32 * kManyStates;
@@ -160,7 +161,7 @@ class Scan {
     struct Inputs {
       T delta, u;
     };
-    for_each_element<kThreads>(
+    for_each_element<kThreads, kAtOnce>(
         shape.block_d, shape.block_l, padded(steps), u.stride_t < u.stride_i,
         [&](int d, int i) {
           const bool there = d < channels && i < steps;
@@ -187,7 +188,7 @@ class Scan {
   // The states that no n < dstate stands for get zeros.
   __device__ void stage_coefficients(const Plane<const T>& from, int64_t t, int steps,
                                      float* to) const {
-    for_each_element<kThreads>(
+    for_each_element<kThreads, kAtOnce>(
         shape.lanes * kNumbers, shape.block_l, padded(steps), from.stride_t < from.stride_i,
         [&](int i, int step) {
           const int n = i / kParts, part = i % kParts;
@@ -276,7 +277,7 @@ class Scan {
     struct Inputs {
       T u, z;
     };
-    for_each_element<kThreads>(
+    for_each_element<kThreads, kAtOnce>(
         shape.block_d, shape.block_l, steps, out.stride_t < out.stride_i,
         [&](int d, int i) {
           Inputs inputs{};
