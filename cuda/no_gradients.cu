@@ -21,7 +21,6 @@ namespace {
     fail_gradient(#name);                                       \
   }
 
-SSMCORE_NO_GRADIENT(selective_scan_bwd, SelectiveScanBwdParams)
 SSMCORE_NO_GRADIENT(causal_conv1d_bwd, CausalConv1dBwdParams)
 
 #undef SSMCORE_NO_GRADIENT
