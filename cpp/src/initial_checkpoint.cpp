@@ -7,10 +7,13 @@
 #include <vector>
 
 #include "philox.h"
+#include "strided.h"
+#include "thread_pool.h"
 
 namespace ssmcore {
 namespace {
 
+constexpr int64_t kTask = 1 << 14;  // elements
 constexpr double kPi = 3.14159265358979323846;
 constexpr double kMinDelta = 1e-3, kMaxDelta = 1e-1, kDeltaFloor = 1e-4;
 constexpr double kEmbeddingDeviation = 0.02;
@@ -24,8 +27,11 @@ class Weights {
   void add(const std::string& name, std::initializer_list<int64_t> shape, const Value& value) {
     TensorView tensor(nullptr, DType::float32, shape);
     auto& data = memory_->emplace_back(static_cast<size_t>(tensor.numel()));
-    for (size_t i = 0; i < data.size(); ++i)
-      data[i] = static_cast<float>(value(static_cast<int64_t>(i)));
+    const int64_t numel = tensor.numel();
+    pool_.parallel_for(ceil_div(numel, kTask), pool_.num_threads(), [&](int64_t task, int) {
+      for (int64_t i = task * kTask; i < std::min((task + 1) * kTask, numel); ++i)
+        data[static_cast<size_t>(i)] = static_cast<float>(value(i));
+    });
     tensor.data = data.data();
     tensors_[name] = tensor;
   }
@@ -63,6 +69,7 @@ class Weights {
 
  private:
   uint64_t seed_;
+  ThreadPool pool_{available_cores()};
   std::map<std::string, TensorView> tensors_;
   std::shared_ptr<std::vector<std::vector<float>>> memory_ =
       std::make_shared<std::vector<std::vector<float>>>();

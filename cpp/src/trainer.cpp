@@ -16,7 +16,6 @@
 #include "ssmcore/checkpoint.h"
 #include "ssmcore/error.h"
 #include "strided.h"
-#include "weight_loader.h"
 
 namespace ssmcore {
 namespace {
@@ -36,11 +35,9 @@ bool does_decay(const std::string& name, const TensorView& weight) {
           name.compare(name.size() - exception.size(), exception.size(), exception) != 0);
 }
 
-TensorView like(const TensorView& weight, Device device, Scratch& scratch) {
+TensorView like(const TensorView& weight, Scratch& scratch) {
   TensorView tensor = weight;
   tensor.data = scratch.floats(weight.numel());
-  tensor.dtype = DType::float32;
-  tensor.device = device;
   return tensor;
 }
 
@@ -66,6 +63,10 @@ void check_options(const TrainerOptions& options) {
     check.require(value >= 0, [&, name = name, value = value] {
       return std::string(name) + " is " + std::to_string(value) + ", expected at least 0";
     });
+  check.require(options.total_steps == 0 || options.total_steps >= options.warmup_steps, [&] {
+    return "warmup_steps is " + std::to_string(options.warmup_steps) + ", expected at most the " +
+           std::to_string(options.total_steps) + " of total_steps";
+  });
 }
 
 int64_t count_targets(const TensorView& targets) {
@@ -92,15 +93,14 @@ Trainer::Trainer(LanguageModel& model, const TrainerOptions& options, void* stre
                           [] { return std::string("the model is not trainable"); });
   const Context& context = model.context();
   for (const auto& [name, weight] : model.parameters())
-    parameters_[name] = {weight, {}, {}, {}, {}, does_decay(name, weight)};
+    parameters_[name] = {weight, {}, {}, {}, does_decay(name, weight)};
   // Placed nowhere first, for the sizes, then in the memory.
   const auto place = [&](Scratch gradients, Scratch state) {
     for (auto& [name, parameter] : parameters_) {
       const TensorView& weight = parameter.weight;
-      parameter.gradient = like(weight, context.device(), gradients);
-      parameter.exp_avg = like(weight, context.device(), state);
-      parameter.exp_avg_sq = like(weight, context.device(), state);
-      if (weight.dtype != DType::float32) parameter.master = like(weight, context.device(), state);
+      parameter.gradient = like(weight, gradients);
+      parameter.exp_avg = like(weight, state);
+      parameter.exp_avg_sq = like(weight, state);
     }
     return std::pair{gradients.used(), state.used()};
   };
@@ -113,25 +113,16 @@ Trainer::Trainer(LanguageModel& model, const TrainerOptions& options, void* stre
   zero_bytes(context, state_.data(), state_bytes, stream);
   all_gradients_ = gradients_.view(DType::float32, {static_cast<int64_t>(gradient_bytes / 4)});
   sum_ = Buffer(context.allocator(), sizeof(double), "a sum of squares", stream);
-  for (const auto& [name, parameter] : parameters_) {
-    if (!parameter.master) continue;
-    std::vector<char> weight(bytes_of(parameter.weight));
-    std::vector<float> master(static_cast<size_t>(parameter.weight.numel()));
-    copy_bytes(context, weight.data(), parameter.weight.data, weight.size(), stream);
-    context.synchronize(stream);
-    to_float32(weight.data(), parameter.weight.dtype, parameter.weight.numel(), master.data());
-    copy_bytes(context, parameter.master.data, master.data(), bytes_of(parameter.master), stream);
-  }
 }
 
 double Trainer::lr(int64_t step) const {
   const double peak = options_.lr;
-  if (step <= options_.warmup_steps)
+  if (step < options_.warmup_steps)
     return peak * static_cast<double>(step) / static_cast<double>(options_.warmup_steps);
   if (options_.total_steps == 0) return peak;
   const int64_t falling = options_.total_steps - options_.warmup_steps;
-  const double part = std::min(
-      1.0, static_cast<double>(step - options_.warmup_steps) / static_cast<double>(falling));
+  const int64_t fallen = std::min(step - options_.warmup_steps, falling);
+  const double part = falling > 0 ? static_cast<double>(fallen) / static_cast<double>(falling) : 0;
   constexpr double kPi = 3.14159265358979323846;
   return peak * (options_.final_lr + (1 - options_.final_lr) * 0.5 * (1 + std::cos(kPi * part)));
 }
@@ -151,7 +142,6 @@ TrainerStep Trainer::step(const TensorView& token_ids, const TensorView& targets
   args.max_norm = options_.max_grad_norm;
   for (const auto& [name, parameter] : parameters_) {
     args.parameter = parameter.weight;
-    args.master = parameter.master;
     args.gradient = parameter.gradient;
     args.exp_avg = parameter.exp_avg;
     args.exp_avg_sq = parameter.exp_avg_sq;
@@ -240,8 +230,7 @@ void Trainer::fail_not_finite(float loss) {
                                            std::to_string(loss) + "); nothing was updated");
   };
   for (const auto& [name, parameter] : parameters_)
-    if (!std::isfinite(sum_of_squares(parameter.master ? parameter.master : parameter.weight)))
-      fail(name);
+    if (!std::isfinite(sum_of_squares(parameter.weight))) fail(name);
   for (const auto& [name, parameter] : parameters_)
     if (!std::isfinite(sum_of_squares(parameter.gradient))) fail("the gradient of " + name);
   fail("the loss");
@@ -252,7 +241,6 @@ template <typename Visit>
 void Trainer::for_each_saved(const Visit& visit) const {
   for (const auto& [name, parameter] : parameters_) {
     visit("weight." + name, parameter.weight);
-    if (parameter.master) visit("master." + name, parameter.master);
     visit("exp_avg." + name, parameter.exp_avg);
     visit("exp_avg_sq." + name, parameter.exp_avg_sq);
   }

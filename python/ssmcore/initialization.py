@@ -9,6 +9,7 @@ from ssmcore._cublaslt import find_cublaslt
 from ssmcore.errors import InvalidArgumentError
 from ssmcore.loading import dtype_of, resolved_device
 from ssmcore.model import Model
+from ssmcore.ops._arguments import require_size
 from ssmcore.tokenizer import ByteTokenizer, Tokenizer
 
 
@@ -45,6 +46,9 @@ def create(
     Raises:
         InvalidArgumentError: for a size out of range, an unknown device or dtype.
     """
+    sizes = {"d_model": d_model, "n_layer": n_layer, "vocab_size": vocab_size, "dstate": dstate}
+    for name, size in sizes.items():
+        require_size(size, f"create: {name}")
     config = config_of(
         d_model,
         n_layer,

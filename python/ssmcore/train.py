@@ -7,8 +7,10 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ from ssmcore.corpus import Corpus, read_text
 from ssmcore.errors import InvalidArgumentError, NotFiniteError
 from ssmcore.initialization import create
 from ssmcore.loading import BUNDLED, save
+from ssmcore.ops._arguments import require_size
 from ssmcore.tokenizer import FileTokenizer
 from ssmcore.trainer import Trainer
 
@@ -104,10 +107,10 @@ class Run:
             missing = "text to train on" if not resume else f"run to go on with in {self.folder}"
             raise InvalidArgumentError(f"train: there is no {missing}")
         self.settings, self.files = _merged(begun, dict(given or {}), files)
+        for name in ("batch", "length", "steps"):
+            require_size(getattr(self.settings, name), f"train: {name}")
         self._read_texts()
         self._check_text(begun)
-        self._lock()
-        self._begin(begun is None)
         settings = self.settings
         model = create(
             settings.d_model,
@@ -131,6 +134,7 @@ class Run:
             micro_batch=settings.micro_batch,
             recompute_layers=recompute_layers,
         )
+        self._is_new = begun is None
         self.log: list[dict[str, Any]] = []
         self._saved_step = 0
         if (self.folder / _STATE).exists():
@@ -153,9 +157,10 @@ class Run:
         from tqdm import tqdm
 
         settings, trainer = self.settings, self.trainer
-        with tqdm(
+        bar = tqdm(
             total=settings.steps, initial=trainer.steps_taken, unit="step", disable=not progress
-        ) as bar:
+        )
+        with self._locked(), bar:
             try:
                 while trainer.steps_taken < settings.steps:
                     self._step(bar)
@@ -169,8 +174,8 @@ class Run:
             except KeyboardInterrupt:
                 self.save()
                 raise
-        if self._saved_step < settings.steps:
-            self.save()
+            if self._saved_step < settings.steps:
+                self.save()
 
     def save(self) -> None:
         """Writes a checkpoint over the one before."""
@@ -218,7 +223,8 @@ class Run:
         except InvalidArgumentError as error:
             bar.write(
                 f"no checkpoint of step {self.trainer.steps_taken}: {error}; {self._kept()}, and "
-                "training goes on"
+                "training goes on",
+                file=sys.stderr,
             )
 
     def _kept(self) -> str:
@@ -258,7 +264,11 @@ class Run:
         length = self.settings.length
         self._corpus = Corpus(list(texts.values()), tokenizer, self._vocab_size, length)
         self._digest = hashlib.sha256(self._corpus.tokens.tobytes()).hexdigest()
-        self._held_out = {Path(file).name: text for file, text in held_out.items()}
+        names = [Path(file).name for file in held_out]
+        are_unique = len(set(names)) == len(names)
+        self._held_out = dict(
+            zip(names if are_unique else held_out, held_out.values(), strict=True)
+        )
         for file, text in held_out.items():
             num_tokens = len(tokenizer.encode(text, add_special_tokens=False))
             if num_tokens <= length:
@@ -274,29 +284,37 @@ class Run:
                 f"of {', '.join(self.files.text)} are not those it was begun with"
             )
 
-    def _lock(self) -> None:
-        """No other process trains in the folder until this one ends."""
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """No other run writes to the folder meanwhile. What one that was killed was writing is
+        cleared away, and how a new one begins is noted."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._folder_lock = os.open(self.folder, os.O_RDONLY)
-            fcntl.flock(self._folder_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InvalidArgumentError(f"train: another run is using {self.folder}") from error
+            descriptor = os.open(self.folder, os.O_RDONLY)
         except OSError as error:
             raise InvalidArgumentError(f"train: {self.folder}: {error.strerror}") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for unfinished in self.folder.glob("*.tmp-*"):
+                unfinished.unlink()
+            if self._is_new:
+                self._begun(resume=False)
+                self._note_beginning()
+                self._is_new = False
+            yield
+        except BlockingIOError as error:
+            raise InvalidArgumentError(f"train: another run is using {self.folder}") from error
+        finally:
+            os.close(descriptor)
 
-    def _begin(self, is_new: bool) -> None:
-        """Clears away what a run that was killed was writing, and notes how a new one begins."""
-        for unfinished in self.folder.glob("*.tmp-*"):
-            unfinished.unlink()
-        if is_new:
-            begun = {
-                "settings": asdict(self.settings),
-                "files": asdict(self.files),
-                "tokens_sha256": self._digest,
-            }
-            text = json.dumps(begun, indent=1) + "\n"
-            write_atomically(self.folder / _RUN, text.encode(), "train")
+    def _note_beginning(self) -> None:
+        begun = {
+            "settings": asdict(self.settings),
+            "files": asdict(self.files),
+            "tokens_sha256": self._digest,
+        }
+        text = json.dumps(begun, indent=1) + "\n"
+        write_atomically(self.folder / _RUN, text.encode(), "train")
 
     def _read_log(self) -> list[dict[str, Any]]:
         """The entries up to the checkpoint."""

@@ -34,8 +34,8 @@ struct TrainerStep {
   float lr = 0;
 };
 
-// What a run needs besides the model: gradients, AdamW's moments, and, for weights of 16 bits, the
-// float32 masters they are rounded from. The model must outlive it and not be used while it steps.
+// What a run needs besides the model: gradients and AdamW's moments, on the model's device. The
+// model must outlive it and not be used while it steps.
 class Trainer {
  public:
   // Throws Error(invalid_argument) for a model that is not trainable or options out of range, and
@@ -53,7 +53,7 @@ class Trainer {
   // Of step `step`, counted from 1.
   double lr(int64_t step) const;
 
-  // Weights, masters, moments and the number of steps as one safetensors file, which appears whole
+  // Weights, moments and the number of steps as one safetensors file, which appears whole
   // or not at all, and back: training then goes on to the same bits. Throws Error(not_found) for a
   // path that cannot be written or read, and Error(invalid_checkpoint) for a file of another model.
   void save(const std::string& path) const;
@@ -61,7 +61,7 @@ class Trainer {
 
  private:
   struct Parameter {
-    TensorView weight, master, gradient, exp_avg, exp_avg_sq;
+    TensorView weight, gradient, exp_avg, exp_avg_sq;
     bool decays;
   };
 
