@@ -44,12 +44,12 @@ template <typename Real>
 struct GeneralBwdMemory {
   using Quad = Vector<Real, GeneralBwdShape::kQuad>;
 
-  Quad* segment_starts =
-      nullptr;             // (segments - 1, batch, tiles): h at the end of each but the last
-  Quad* dstate = nullptr;  // (2, batch, tiles): from one segment to the one before
-  Quad* starts;            // (batch, starts, tiles): h where blocks of the segment begin
-  Quad* sums;              // (row_slices, tiles, 3): dA, constant dB, constant dC
-  Real* channel_sums;      // (row_slices, tiles, 2, tile_d): dD, ddelta_bias
+  // (segments - 1, batch, tiles): h at the end of each segment but the last
+  Quad* segment_starts = nullptr;
+  Quad* dstate = nullptr;             // (2, batch, tiles): from one segment to the one before
+  Quad* starts;                       // (batch, starts, tiles): h where blocks of the segment begin
+  Quad* sums;                         // (row_slices, tiles, 3): dA, constant dB, constant dC
+  Real* channel_sums;                 // (row_slices, tiles, 2, tile_d): dD, ddelta_bias
   Quad *dB = nullptr, *dC = nullptr;  // (slices of all heads, batch, segment_l, quads)
 
   GeneralBwdMemory(const SelectiveScanBwdParams& p, const GeneralBwdShape& s, Scratch& scratch) {
