@@ -22,7 +22,6 @@ namespace {
   }
 
 SSMCORE_NO_GRADIENT(selective_scan_bwd, SelectiveScanBwdParams)
-SSMCORE_NO_GRADIENT(causal_conv1d_bwd, CausalConv1dBwdParams)
 SSMCORE_NO_GRADIENT(rms_norm_bwd, RmsNormBwdParams)
 SSMCORE_NO_GRADIENT(linear_bwd, LinearBwdParams)
 SSMCORE_NO_GRADIENT(embedding_bwd, EmbeddingBwdParams)

@@ -33,8 +33,18 @@ __device__ __forceinline__ float softplus(float x) {
   return y * e + fmaxf(x, 0.0f);
 }
 
+__device__ __forceinline__ float sigmoid(float x) {
+  return reciprocal_approx(1.0f + exp2_approx(-x * kLog2e));
+}
+
 __device__ __forceinline__ float silu(float x) {
-  return x * reciprocal_approx(1.0f + exp2_approx(-x * kLog2e));
+  return x * sigmoid(x);
+}
+
+// The derivative of silu.
+__device__ __forceinline__ float silu_slope(float x) {
+  const float s = sigmoid(x);
+  return s * (1.0f + x * (1.0f - s));
 }
 
 }  // namespace ssmcore::cuda
