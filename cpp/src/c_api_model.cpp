@@ -263,7 +263,9 @@ ssmcore_status ssmcore_model_get_parameter(const ssmcore_model* model, int64_t i
     known.struct_size = size;
     known.name = name.c_str();
     known.tensor.data = tensor.data;
-    known.tensor.device = {SSMCORE_DEVICE_CPU, 0};
+    known.tensor.device = {
+        tensor.device.type == DeviceType::cuda ? SSMCORE_DEVICE_CUDA : SSMCORE_DEVICE_CPU,
+        tensor.device.index};
     known.tensor.ndim = tensor.rank;
     known.tensor.dtype = from_dtype(tensor.dtype);
     known.tensor.shape = tensor.shape;
