@@ -158,7 +158,11 @@ class Run:
 
         settings, trainer = self.settings, self.trainer
         bar = tqdm(
-            total=settings.steps, initial=trainer.steps_taken, unit="step", disable=not progress
+            desc=f"{self.model.num_parameters:,} parameters",
+            total=settings.steps,
+            initial=trainer.steps_taken,
+            unit="step",
+            disable=not progress,
         )
         with self._locked(), bar:
             try:
