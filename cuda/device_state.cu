@@ -30,7 +30,10 @@ const char* message(Fault fault) {
     case Fault::causal_conv1d_cache_seqlens:
       return "causal_conv1d_update: cache_seqlens holds a negative entry";
     case Fault::embedding_token_ids:
-      return "embedding: token_ids holds an id outside the vocabulary";
+      return "embedding or embedding_bwd: token_ids holds an id outside the vocabulary";
+    case Fault::cross_entropy_targets:
+      return "cross_entropy or cross_entropy_bwd: targets holds a value that is neither in the "
+             "vocabulary nor ignore_index";
     case Fault::sample_history:
       return "sample: history holds an id outside the vocabulary";
     case Fault::sample_setting:

@@ -21,13 +21,7 @@ namespace {
     fail_gradient(#name);                                       \
   }
 
-SSMCORE_NO_GRADIENT(selective_scan_bwd, SelectiveScanBwdParams)
 SSMCORE_NO_GRADIENT(causal_conv1d_bwd, CausalConv1dBwdParams)
-SSMCORE_NO_GRADIENT(rms_norm_bwd, RmsNormBwdParams)
-SSMCORE_NO_GRADIENT(linear_bwd, LinearBwdParams)
-SSMCORE_NO_GRADIENT(embedding_bwd, EmbeddingBwdParams)
-SSMCORE_NO_GRADIENT(cross_entropy_fwd, CrossEntropyFwdParams)
-SSMCORE_NO_GRADIENT(cross_entropy_bwd, CrossEntropyBwdParams)
 
 #undef SSMCORE_NO_GRADIENT
 

@@ -20,8 +20,7 @@ __device__ inline int64_t scan_slot(const SelectiveScanFwdParams& p, int64_t row
                                     uint32_t* faults) {
   if (p.state_indices.data == nullptr) return row;
   const int64_t slot = index_at(p.state_indices, row);
-  if (slot < p.slots || (p.initial_state.data == nullptr && p.last_state.data == nullptr))
-    return slot;
+  if (slot < p.slots) return slot;
   report(faults, Fault::selective_scan_state_indices);
   return -1;
 }

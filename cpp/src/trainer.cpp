@@ -152,7 +152,7 @@ TrainerStep Trainer::step(const TensorView& token_ids, const TensorView& targets
     args.weight_decay = parameter.decays ? options_.weight_decay : 0;
     adamw(args, Exec{model_.context(), stream_});
   }
-  model_.refresh();
+  model_.refresh(stream_);
   steps_taken_ = args.step;
   return {args.step, loss, static_cast<float>(std::sqrt(sum)), static_cast<float>(args.lr)};
 }
@@ -297,7 +297,7 @@ void Trainer::load(const std::string& path) {
   });
   context.synchronize(stream_);
   std::memcpy(&steps, step.data, sizeof(steps));
-  model_.refresh();
+  model_.refresh(stream_);
   steps_taken_ = steps;
 }
 

@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <shared_mutex>
 #include <string>
 #include <vector>
@@ -91,6 +92,9 @@ class Call {
   bool check_ = false, batch_invariant_ = false, released_in_order_ = true;
   std::vector<Borrowed> borrowed_;
 };
+
+// A contiguous view as an ssmcore.Array, whose memory `owner` keeps.
+pybind11::object array_of(const TensorView& view, std::shared_ptr<const void> owner);
 
 void bind_arrays(pybind11::module_& module);
 void bind_ops(pybind11::module_& module);

@@ -373,7 +373,7 @@ void py_mamba_block_bwd(const py::kwargs& arguments) {
   args.dweights.x_proj = call.gradient("dx_proj");
   args.dweights.dt_proj = call.gradient("ddt_proj");
   args.dweights.dt_bias = call.gradient("ddt_bias");
-  args.dweights.A = call.gradient("dA");
+  args.dweights.A_log = call.gradient("dA_log");
   args.dweights.D = call.gradient("dD");
   args.dweights.out_proj = call.gradient("dout_proj");
   args.dweights.out_proj_bias = call.gradient("dout_proj_bias");

@@ -551,17 +551,17 @@ class LanguageModel:
     def num_parameters(self) -> int: ...
     @property
     def trainable(self) -> bool: ...
-    def parameters(self) -> dict[str, np.ndarray]:
+    def parameters(self) -> dict[str, AnyArray]:
         """Those of a trainable model, by their stored names, to be written."""
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]: ...
-    def refresh(self) -> None:
-        """Takes over what has been written to the parameters."""
+    def refresh(self, stream: int | None = None) -> None:
+        """Takes over what has been written to the parameters, by the host or on `stream`."""
     def loss_and_gradients(
         self,
         token_ids: AnyArray,
         targets: AnyArray,
         cu_seqlens: AnyArray | None,
-        gradients: dict[str, np.ndarray],
+        gradients: dict[str, AnyArray],
         accumulate: bool,
         num_targets: int,
         recompute_layers: bool,

@@ -385,8 +385,7 @@ SSMCORE_C_API ssmcore_status ssmcore_rms_norm_fwd(const ssmcore_context* context
                                                   void* stream);
 
 /* Its backward: the gradients of a scalar, given those with respect to out and residual_out.
- * Instead of x and residual, x may be the r that the forward left in residual_out. CPU only, so
- * far. */
+ * Instead of x and residual, x may be the r that the forward left in residual_out. */
 typedef struct ssmcore_rms_norm_bwd_args {
   size_t struct_size;
   /* As the forward had them. */
@@ -429,8 +428,7 @@ SSMCORE_C_API ssmcore_status ssmcore_linear(const ssmcore_context* context,
                                             const ssmcore_linear_args* args, void* workspace,
                                             size_t workspace_bytes, void* stream);
 
-/* dx = dout weight, dweight = doutᵀ x, dbias = Σ dout over the rows, accumulated in float32. CPU
- * only, so far. */
+/* dx = dout weight, dweight = doutᵀ x, dbias = Σ dout over the rows, accumulated in float32. */
 typedef struct ssmcore_linear_bwd_args {
   size_t struct_size;
   const ssmcore_tensor* x;      /* (rows, in_features); only needed for dweight */
@@ -464,7 +462,7 @@ SSMCORE_C_API ssmcore_status ssmcore_embedding(const ssmcore_context* context,
                                                const ssmcore_embedding_args* args, void* workspace,
                                                size_t workspace_bytes, void* stream);
 
-/* dweight[id] = Σ dout over the rows with that id, accumulated in float32. CPU only, so far. */
+/* dweight[id] = Σ dout over the rows with that id, accumulated in float32. */
 typedef struct ssmcore_embedding_bwd_args {
   size_t struct_size;
   const ssmcore_tensor* token_ids; /* (rows), int32 or int64 */
@@ -480,7 +478,7 @@ SSMCORE_C_API ssmcore_status ssmcore_embedding_bwd(const ssmcore_context* contex
                                                    void* stream);
 
 /* loss[i] = lse[i] - logits[i, targets[i]] with lse[i] = log Σ_v exp(logits[i, v]); 0 where
- * targets[i] is ignore_index. CPU only, so far. */
+ * targets[i] is ignore_index. */
 typedef struct ssmcore_cross_entropy_fwd_args {
   size_t struct_size;
   const ssmcore_tensor* logits;    /* (rows, vocab_size): float32, bfloat16 or float16 */
@@ -498,7 +496,7 @@ SSMCORE_C_API ssmcore_status ssmcore_cross_entropy_fwd(const ssmcore_context* co
                                                        void* workspace, size_t workspace_bytes,
                                                        void* stream);
 
-/* dlogits[i, v] = dloss[i] (exp(logits[i, v] - lse[i]) - [v = targets[i]]). CPU only, so far. */
+/* dlogits[i, v] = dloss[i] (exp(logits[i, v] - lse[i]) - [v = targets[i]]). */
 typedef struct ssmcore_cross_entropy_bwd_args {
   size_t struct_size;
   /* As the forward had them. */
@@ -660,8 +658,7 @@ SSMCORE_C_API ssmcore_status ssmcore_mamba_block_train_fwd(
     const ssmcore_context* context, const ssmcore_mamba_block_train_fwd_args* args, void* workspace,
     size_t workspace_bytes, void* stream);
 
-/* Its backward: the gradients of a scalar, given those with respect to what it wrote. CPU only, so
- * far. */
+/* Its backward: the gradients of a scalar, given those with respect to what it wrote. */
 typedef struct ssmcore_mamba_block_bwd_args {
   size_t struct_size;
   /* As the forward had and wrote them. */
@@ -685,10 +682,11 @@ typedef struct ssmcore_mamba_block_bwd_args {
   ssmcore_gradient dx_proj;
   ssmcore_gradient ddt_proj;
   ssmcore_gradient ddt_bias;
-  ssmcore_gradient dA; /* that of A_log is dA · A */
+  ssmcore_gradient dA;
   ssmcore_gradient dD;
   ssmcore_gradient dout_proj;
   ssmcore_gradient dout_proj_bias;
+  ssmcore_gradient dA_log; /* instead of dA: of A = -exp(A_log), which is dA · A */
 } ssmcore_mamba_block_bwd_args;
 
 SSMCORE_C_API ssmcore_status ssmcore_mamba_block_bwd_workspace_size(
