@@ -157,10 +157,8 @@ ssmcore_status ssmcore_model_create(const ssmcore_context* context, const char* 
 
 ssmcore_status ssmcore_model_save(const ssmcore_model* model, const char* folder) {
   constexpr const char* kOp = "model_save";
-  return guarded([&] {
-    save_checkpoint(required(kOp, "model", model).held->model.checkpoint(),
-                    &required(kOp, "folder", folder));
-  });
+  return guarded(
+      [&] { required(kOp, "model", model).held->model.save(&required(kOp, "folder", folder)); });
 }
 
 void ssmcore_model_free(ssmcore_model* model) {

@@ -86,7 +86,7 @@ def test_steps(
     tmp_path: Path, model: ctypes.c_void_p, options: dict[str, Any], settings: dict[str, Any]
 ) -> None:
     trainer = create_trainer(model, **options)
-    expected = ssmcore.Trainer(ssmcore.create(24, 2, seed=5), **settings)
+    expected = ssmcore.Trainer(ssmcore.create(24, 2, seed=5, device="cpu"), **settings)
     for step in range(1, 5):
         assert take_step(trainer, step) == expected.step(*batch(step))
     c.check(c.LIBRARY.ssmcore_model_save(model, str(tmp_path).encode()))
