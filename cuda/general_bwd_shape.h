@@ -1,5 +1,5 @@
-// How the general backward of the scan is spread over the device, and its memory. What is said of
-// numbers: a real state is one, a complex state two.
+// How the general backward of the scan is spread over the device, and its memory. A real state is
+// one number, a complex one two.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,9 @@ struct GeneralBwdShape {
   int64_t row_slices;           // that the rows, or those of a segment, are cut into
   int64_t batch;                // of the tensors: 1 for packed rows
   int64_t segment_l, segments;  // steps, and how many
-  bool starts_in_chunk_states;  // of segments: the forward has saved the states at all of them
+  // Whether the forward has saved the states where segments begin. Those of packed rows are
+  // computed again: their chunks end elsewhere.
+  bool starts_in_chunk_states;
 
   GeneralBwdShape(const SelectiveScanBwdParams& p, int num_sms, bool batch_invariant);
 
@@ -42,12 +44,12 @@ template <typename Real>
 struct GeneralBwdMemory {
   using Quad = Vector<Real, GeneralBwdShape::kQuad>;
 
-  Quad* segment_starts =
-      nullptr;             // (segments - 1, batch, tiles): h at the end of each but the last
-  Quad* dstate = nullptr;  // (2, batch, tiles): from one segment to the one before
-  Quad* starts;            // (batch, starts, tiles): h where blocks of the segment begin
-  Quad* sums;              // (row_slices, tiles, 3): dA, constant dB, constant dC
-  Real* channel_sums;      // (row_slices, tiles, 2, tile_d): dD, ddelta_bias
+  // (segments - 1, batch, tiles): h at the end of each segment but the last
+  Quad* segment_starts = nullptr;
+  Quad* dstate = nullptr;             // (2, batch, tiles): from one segment to the one before
+  Quad* starts;                       // (batch, starts, tiles): h where blocks of the segment begin
+  Quad* sums;                         // (row_slices, tiles, 3): dA, constant dB, constant dC
+  Real* channel_sums;                 // (row_slices, tiles, 2, tile_d): dD, ddelta_bias
   Quad *dB = nullptr, *dC = nullptr;  // (slices of all heads, batch, segment_l, quads)
 
   GeneralBwdMemory(const SelectiveScanBwdParams& p, const GeneralBwdShape& s, Scratch& scratch) {

@@ -216,7 +216,7 @@ SSMCORE_C_API ssmcore_status ssmcore_selective_scan_fwd(const ssmcore_context* c
                                                         void* stream);
 
 /* Its backward: the gradients of a scalar, given those with respect to out and last_state. The
- * states are computed again. CPU only, so far. */
+ * states are computed again. */
 typedef struct ssmcore_selective_scan_bwd_args {
   size_t struct_size;
   /* As the forward had them. */
@@ -311,8 +311,7 @@ SSMCORE_C_API ssmcore_status ssmcore_causal_conv1d_fwd(const ssmcore_context* co
                                                        void* workspace, size_t workspace_bytes,
                                                        void* stream);
 
-/* Its backward: the gradients of a scalar, given those with respect to out and final_state. CPU
- * only, so far. */
+/* Its backward: the gradients of a scalar, given those with respect to out and final_state. */
 typedef struct ssmcore_causal_conv1d_bwd_args {
   size_t struct_size;
   /* As the forward had them. */
@@ -707,8 +706,8 @@ typedef struct ssmcore_model_options {
   size_t struct_size;
   ssmcore_dtype dtype; /* of the activations: float32, bfloat16 or float16; zeros: float32 on the
                           CPU, the type most weights are stored in on a GPU */
-  int64_t trainable;   /* flag: copies the weights as float32 to memory where they may be written;
-                          on the CPU alone */
+  int64_t trainable;   /* flag: copies the weights as float32 to memory of the device where they may
+                          be written */
 } ssmcore_model_options;
 
 /* Loads a folder with config.json and model.safetensors, or shards with an index, to the context's
@@ -816,8 +815,8 @@ SSMCORE_C_API ssmcore_status ssmcore_model_num_parameters(const ssmcore_model* m
 /* Fills `parameter`, whose struct_size must be set, with that of index 0 to num_parameters - 1. */
 SSMCORE_C_API ssmcore_status ssmcore_model_get_parameter(const ssmcore_model* model, int64_t index,
                                                          ssmcore_model_parameter* parameter);
-/* Takes over what has been written to the parameters of a trainable model. No other call may use
- * the model meanwhile, nor while they are written. */
+/* Takes over what has been written to the parameters of a trainable model, on a GPU in the order of
+ * its default stream. No other call may use the model meanwhile, nor while they are written. */
 SSMCORE_C_API ssmcore_status ssmcore_model_refresh(ssmcore_model* model);
 
 typedef struct ssmcore_named_gradient {
@@ -825,9 +824,11 @@ typedef struct ssmcore_named_gradient {
   ssmcore_gradient gradient; /* its shape, float32, contiguous */
 } ssmcore_named_gradient;
 
-/* One training step without the update, on the CPU: the mean cross entropy and its gradients. */
+/* One training step without the update: the mean cross entropy and its gradients. */
 typedef struct ssmcore_model_loss_and_gradients_args {
   size_t struct_size;
+  /* In memory of the host, where they are checked at once, or contiguous in that of the device;
+   * cu_seqlens in that of the host. */
   const ssmcore_tensor* token_ids; /* (batch, seqlen), int32 or int64: sequences from their start */
   const ssmcore_tensor* targets;   /* (batch, seqlen), int32 or int64: what each position should
                                       predict, or -100 */
@@ -836,7 +837,7 @@ typedef struct ssmcore_model_loss_and_gradients_args {
                                targets but for those of -100 */
   int32_t recompute_layers; /* flag: keeps only what enters each layer, and computes the layer again
                                when its gradients are due */
-  const ssmcore_tensor* loss;              /* (1), float32, written */
+  const ssmcore_tensor* loss;              /* (1), float32, on the device, written */
   const ssmcore_named_gradient* gradients; /* of the parameters whose gradients are wanted */
   int64_t num_gradients;
 } ssmcore_model_loss_and_gradients_args;
