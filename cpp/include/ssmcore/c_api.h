@@ -515,6 +515,50 @@ SSMCORE_C_API ssmcore_status ssmcore_cross_entropy_bwd(const ssmcore_context* co
                                                        void* workspace, size_t workspace_bytes,
                                                        void* stream);
 
+/* out = Σ x², summed in float64 in a fixed order: of gradients, the square of the norm that clips.
+ */
+typedef struct ssmcore_sum_of_squares_args {
+  size_t struct_size;
+  const ssmcore_tensor* x;   /* any shape, contiguous, float32 */
+  const ssmcore_tensor* out; /* (1), float64, written */
+} ssmcore_sum_of_squares_args;
+
+SSMCORE_C_API ssmcore_status ssmcore_sum_of_squares_workspace_size(
+    const ssmcore_context* context, const ssmcore_sum_of_squares_args* args, size_t* bytes);
+SSMCORE_C_API ssmcore_status ssmcore_sum_of_squares(const ssmcore_context* context,
+                                                    const ssmcore_sum_of_squares_args* args,
+                                                    void* workspace, size_t workspace_bytes,
+                                                    void* stream);
+
+/* One step of AdamW (arXiv 1711.05101) on one tensor, in float32. Tensors are contiguous, of the
+ * parameter's shape. */
+typedef struct ssmcore_adamw_args {
+  size_t struct_size;
+  const ssmcore_tensor* parameter;      /* float32, bfloat16 or float16, updated */
+  const ssmcore_tensor* master;         /* float32, updated: what a parameter of 16 bits is rounded
+                                           from; absent where that is float32 */
+  const ssmcore_tensor* gradient;       /* float32 */
+  const ssmcore_tensor* exp_avg;        /* float32, updated; zeros before the first step */
+  const ssmcore_tensor* exp_avg_sq;     /* likewise */
+  const ssmcore_tensor* sum_of_squares; /* optional (1), float64: over all gradients that are
+                                           clipped together; nothing is updated where it is not
+                                           finite */
+  double max_norm;     /* above 0: gradients are scaled by min(1, max_norm / norm) */
+  int64_t step;        /* from 1 */
+  double lr;           /* default 1e-3 */
+  double beta1;        /* default 0.9 */
+  double beta2;        /* default 0.999 */
+  double eps;          /* default 1e-8 */
+  double weight_decay; /* 0: none */
+} ssmcore_adamw_args;
+
+SSMCORE_C_API ssmcore_status ssmcore_adamw_workspace_size(const ssmcore_context* context,
+                                                          const ssmcore_adamw_args* args,
+                                                          size_t* bytes);
+SSMCORE_C_API ssmcore_status ssmcore_adamw(const ssmcore_context* context,
+                                           const ssmcore_adamw_args* args, void* workspace,
+                                           size_t workspace_bytes, void* stream);
+
 /* The next token of each row: repetition penalty, temperature, top-k, top-p, min-p, then one draw,
  * of Philox4x32-10 with key = seed and counter = position. Each setting is a (batch) tensor; a
  * stride of 0 gives every row the same. SSMCORE_INVALID_ARGUMENT for logits with a NaN. */
@@ -673,6 +717,15 @@ typedef struct ssmcore_model_options {
 SSMCORE_C_API ssmcore_status ssmcore_model_load(const ssmcore_context* context, const char* folder,
                                                 const ssmcore_model_options* options,
                                                 ssmcore_model** model);
+/* A new model with random weights, drawn as the published implementation draws them: `config` is
+ * the text of a config.json, as transformers writes it. */
+SSMCORE_C_API ssmcore_status ssmcore_model_create(const ssmcore_context* context,
+                                                  const char* config, uint64_t seed,
+                                                  const ssmcore_model_options* options,
+                                                  ssmcore_model** model);
+/* Writes config.json, generation_config.json and model.safetensors, as transformers reads them,
+ * each whole or not at all. SSMCORE_NOT_FOUND for a folder that cannot be written. */
+SSMCORE_C_API ssmcore_status ssmcore_model_save(const ssmcore_model* model, const char* folder);
 SSMCORE_C_API void ssmcore_model_free(ssmcore_model* model);
 
 /* Pointers are valid as long as the model. */
@@ -794,6 +847,59 @@ SSMCORE_C_API ssmcore_status ssmcore_model_loss_and_gradients_workspace_size(
 SSMCORE_C_API ssmcore_status ssmcore_model_loss_and_gradients(
     const ssmcore_model* model, const ssmcore_model_loss_and_gradients_args* args, void* workspace,
     size_t workspace_bytes, void* stream);
+
+/* ---- Training ---- */
+
+/* What trains a trainable model with AdamW: gradients and moments. No other call may use the model
+ * during a step. */
+typedef struct ssmcore_trainer ssmcore_trainer;
+
+typedef struct ssmcore_trainer_options {
+  size_t struct_size;
+  double lr;            /* at its peak, default 1e-3, to which it rises linearly */
+  int64_t warmup_steps; /* at this step, */
+  int64_t total_steps;  /* to fall along half a cosine until this one; 0: to stay */
+  double final_lr;      /* to this part of the peak, default 0.1 */
+  double beta1;         /* default 0.9 */
+  double beta2;         /* default 0.95 */
+  double eps;           /* default 1e-8 */
+  double weight_decay;  /* of matrices, default 0.1; below 0: none */
+  double max_grad_norm; /* gradients are clipped to it, all together, default 1; below 0: never */
+  int64_t micro_batch;  /* rows whose gradients are computed at a time; 0: all of a batch */
+  int64_t recompute_layers; /* flag, as in model_loss_and_gradients */
+} ssmcore_trainer_options;
+
+/* `options` may be NULL: the defaults. On failure *trainer is NULL. On a GPU everything is in the
+ * order of `stream`. */
+SSMCORE_C_API ssmcore_status ssmcore_trainer_create(ssmcore_model* model,
+                                                    const ssmcore_trainer_options* options,
+                                                    void* stream, ssmcore_trainer** trainer);
+SSMCORE_C_API void ssmcore_trainer_free(ssmcore_trainer* trainer);
+
+/* What a step found. */
+typedef struct ssmcore_trainer_result {
+  size_t struct_size;
+  int64_t step;    /* the number of the step, from 1 */
+  float loss;      /* mean cross entropy before the step, in nats */
+  float grad_norm; /* before clipping */
+  float lr;
+} ssmcore_trainer_result;
+
+/* Takes one step, and fills `result`, whose struct_size must be set, unless that is NULL. token_ids
+ * and targets are (batch, seqlen), int32 or int64, in memory of the host, as in
+ * model_loss_and_gradients. SSMCORE_NOT_FINITE, with the step and the tensor in the message, for a
+ * loss or a gradient that is infinite or NaN; SSMCORE_OUT_OF_MEMORY for a batch that does not fit.
+ * Nothing has changed then. */
+SSMCORE_C_API ssmcore_status ssmcore_trainer_step(ssmcore_trainer* trainer,
+                                                  const ssmcore_tensor* token_ids,
+                                                  const ssmcore_tensor* targets,
+                                                  ssmcore_trainer_result* result);
+SSMCORE_C_API ssmcore_status ssmcore_trainer_steps_taken(const ssmcore_trainer* trainer,
+                                                         int64_t* steps_taken);
+/* Weights, moments and the number of steps as a safetensors file, which appears whole or not at
+ * all, and back: training then goes on to the same bits. */
+SSMCORE_C_API ssmcore_status ssmcore_trainer_save(const ssmcore_trainer* trainer, const char* path);
+SSMCORE_C_API ssmcore_status ssmcore_trainer_load(ssmcore_trainer* trainer, const char* path);
 
 #ifdef __cplusplus
 } /* extern "C" */
