@@ -38,6 +38,7 @@ __global__ void __launch_bounds__(kWalkThreads, kWalkBlocks)
     causal_conv1d_bwd_walk_kernel(const __grid_constant__ CausalConv1dBwdParams p,
                                   const __grid_constant__ CausalConv1dBwdPlan plan,
                                   uint32_t* faults) {
+  let_next_launch_begin();
   check_cu_seqlens(p.fwd, faults);
   const int rows = kWalkThreads / plan.lanes;
   const int64_t blocks = (p.fwd.dim / kChannels + plan.lanes - 1) / plan.lanes;
@@ -45,8 +46,19 @@ __global__ void __launch_bounds__(kWalkThreads, kWalkBlocks)
   const int64_t first_d = (blockIdx.x - group * blocks) * plan.lanes * kChannels;
   const int64_t d = first_d + threadIdx.x % plan.lanes * kChannels;
   float sums[(kWidth + 1) * kChannels] = {};
+  using Channels = Words<T, kChannels>;
+  using Ahead = std::conditional_t<kChannels == 1, RegistersAhead<Channels, kAhead>,
+                                   SharedAhead<Channels, kAhead, kWalkThreads>>;
   if (d < p.fwd.dim) {
-    CausalConv1dWalk<T, kChannels, kWidth, kAhead> walk(p, plan, faults, d);
+    const auto ahead = [] {
+      if constexpr (kChannels == 1) {
+        return Ahead{};
+      } else {
+        __shared__ typename Ahead::Memory memory;
+        return Ahead{memory};
+      }
+    };
+    CausalConv1dWalk<T, kChannels, kWidth, kAhead, Ahead> walk(p, plan, faults, d, ahead());
     for (int64_t item = group * rows + threadIdx.x / plan.lanes; item < plan.items;
          item += plan.groups * rows) {
       const int64_t batch = item / plan.fwd.tiles;
@@ -57,7 +69,6 @@ __global__ void __launch_bounds__(kWalkThreads, kWalkBlocks)
     for (int i = 0; i < (kWidth + 1) * kChannels; ++i)
       sums[i] = walk.sums[i / kChannels][i % kChannels];
   }
-  let_next_launch_begin();
   if (!plan.sums) return;
   const int missing = kWidth - static_cast<int>(p.fwd.width);
   add_rows(sums, plan.lanes, [&](int i, int lane, float sum) {
@@ -69,7 +80,7 @@ __global__ void __launch_bounds__(kWalkThreads, kWalkBlocks)
 
 // --- Steps contiguous, every row one sequence ----------------------------------------------------
 
-constexpr int kStepsThreads = 256, kStepsBlocks = 3;
+constexpr int kStepsThreads = 256, kStepsBlocks = 2;
 
 // A warp has tiles of one channel.
 template <typename T, int kWidth, int kAhead>
@@ -77,15 +88,17 @@ __global__ void __launch_bounds__(kStepsThreads, kStepsBlocks)
     causal_conv1d_bwd_steps_kernel(const __grid_constant__ CausalConv1dBwdParams p,
                                    const __grid_constant__ CausalConv1dBwdPlan plan,
                                    uint32_t* faults) {
+  let_next_launch_begin();
+  using Channel = CausalConv1dSteps<T, kWidth, kAhead, kStepsThreads>;
+  __shared__ typename Channel::Memory memory;
   const int64_t warp = (static_cast<int64_t>(blockIdx.x) * kStepsThreads + threadIdx.x) / kWarp;
   const int64_t group = warp / p.fwd.dim, d = warp - group * p.fwd.dim;
   if (group >= plan.groups) return;
-  CausalConv1dSteps<T, kWidth, kAhead> steps(p, plan, faults, static_cast<int>(d));
+  Channel steps(p, plan, faults, static_cast<int>(d), memory);
   for (int64_t item = group; item < plan.items; item += plan.groups) {
     const int64_t batch = item / plan.fwd.tiles;
     steps.run(batch, item - batch * plan.fwd.tiles);
   }
-  let_next_launch_begin();
   if (!plan.sums) return;
 #pragma unroll
   for (int k = 0; k <= kWidth; ++k) {
@@ -179,10 +192,11 @@ Way way_of(const CausalConv1dBwdParams& p) {
 constexpr int kWalkBytes = 8;
 
 // How many steps or vectors of the `whole` make a tile, and how many walkers of a channel there are
-// then, so that they fill the device a few times; it has room for `room` at once.
+// then, so that they fill the device, which has room for `room` at once; where rows alone are more,
+// up to kMostTimes as many.
 void cut(CausalConv1dBwdPlan& plan, double room, int64_t whole, int64_t least, int64_t multiple) {
-  constexpr double kTimes = 2, kMostTimes = 8;
-  const auto wanted = static_cast<int64_t>(kTimes * room) / plan.fwd.batch;
+  constexpr double kMostTimes = 8;
+  const auto wanted = static_cast<int64_t>(room) / plan.fwd.batch;
   const int64_t tiles = std::clamp<int64_t>(wanted, 1, ceil_div(whole, least));
   // Beyond a multiple the last of a tile's chunks would be there for the step after it alone.
   plan.fwd.block_l =
@@ -266,10 +280,10 @@ void causal_conv1d_bwd(const CausalConv1dBwdParams& params, const Exec& exec) {
     else
       with_vector_width(p.fwd.width, [&](auto width) {
         if (way == Way::channels)
-          launch_rows(causal_conv1d_bwd_walk_kernel<T, kWalkBytes / sizeof(T), width, 4>,
+          launch_rows(causal_conv1d_bwd_walk_kernel<T, kWalkBytes / sizeof(T), width, 8>,
                       kWalkThreads, p, plan, exec);
         else
-          launch_rows(causal_conv1d_bwd_steps_kernel<T, width, 1>, kStepsThreads, p, plan, exec);
+          launch_rows(causal_conv1d_bwd_steps_kernel<T, width, 4>, kStepsThreads, p, plan, exec);
       });
     if (!plan.sums) return;
     Grid grid{blocks_for((p.fwd.width + 1) * p.fwd.dim, kSumLanes), kSumLanes * kSumRows};

@@ -3,6 +3,7 @@
 // backwards through a tile, so that the gradients of later steps are there.
 #pragma once
 
+#include "causal_conv1d_bwd_ahead.cuh"
 #include "causal_conv1d_bwd_plan.h"
 #include "causal_conv1d_bwd_sequence.cuh"
 
@@ -12,20 +13,31 @@ inline constexpr int kWarp = 32;
 
 // States, where there are any, are of width - 1 inputs: they continue a row before its first step.
 // kAhead chunks of a vector a lane are loaded before they are needed.
-template <typename T, int kWidth, int kAhead>
+template <typename T, int kWidth, int kAhead, int kThreads>
 class CausalConv1dSteps {
  public:
   static constexpr int kSteps = kVectorSize<T>;
+  static constexpr int kHalo = 4;  // inputs before a chunk that are read with it
+  using Steps = Words<T, kSteps>;
+  using Halo = Words<T, kHalo>;
+  using Ahead = SharedAhead<Steps, kAhead, kThreads>;
+  // Shared memory of a block.
+  struct Memory {
+    typename Ahead::Memory ahead;
+    Halo before[kAhead][kThreads / kWarp];
+  };
 
   __device__ __forceinline__ CausalConv1dSteps(const CausalConv1dBwdParams& p,
                                                const CausalConv1dBwdPlan& plan, uint32_t* faults,
-                                               int d)
+                                               int d, Memory& memory)
       : p(p),
         plan(plan),
         faults(faults),
         d(d),
         lane(static_cast<int>(threadIdx.x % kWarp)),
         seqlen(static_cast<int>(p.fwd.seqlen)),
+        memory(memory),
+        ahead{memory.ahead},
         taps(p.fwd, plan.fwd, d, p.fwd.weight_dtype == DType::float32) {}
 
   // Σ_t g(t) x(t - width + 1 + k) over this lane's steps of all tiles so far, and Σ_t g(t), where
@@ -55,46 +67,48 @@ class CausalConv1dSteps {
 
  private:
   static constexpr int kHistory = kWidth - 1;
-  static constexpr int kHalo = 4;  // inputs before a chunk that are read with it
-  using Steps = Words<T, kSteps>;
-  using Halo = Words<T, kHalo>;
 
   // The gradients of vectors [begin, end), of which those up to `seen_end` see inputs.
   __device__ __forceinline__ void walk(int begin, int end, int seen_end) {
     const int chunks = (seen_end - begin + kWarp - 1) / kWarp;
     int v = begin + (chunks - 1) * kWarp + lane;  // of the next chunk to compute
-    Steps x_ahead[kAhead], dout_ahead[kAhead];
-    Halo before_ahead[kAhead];
-    const auto load = [&](int i, int v) {
-      const int t = v * kSteps - phase;
-      x_ahead[i] = dout_ahead[i] = {};
-      before_ahead[i] = {};
-      if (v < begin || v >= seen_end) return;
-      x_ahead[i] = load_steps<kSteps>(x, t, true);
-      dout_ahead[i] = load_steps<kSteps>(dout, t, false);
-      if (lane == 0) before_ahead[i] = load_steps<kHalo>(x, t - kHalo, true);
-    };
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) load(i, v - i * kWarp);
+    for (int i = 0; i < kAhead; ++i) load(i, v - i * kWarp, begin, seen_end);
     float later[kHistory] = {};  // lane 0: g of its first steps in the chunk after this one
     for (int done = 0; done < chunks; done += kAhead) {
 #pragma unroll
       for (int i = 0; i < kAhead; ++i, v -= kWarp) {
         if (done + i >= chunks) break;
         float input[kHistory + kSteps], g[kSteps + kHistory];
-        take_inputs(x_ahead[i], before_ahead[i], input);
-        to_floats(dout_ahead[i], reinterpret_cast<float (&)[kSteps]>(g));
-        load(i, v - kAhead * kWarp);
+        ahead.wait();
+        take_inputs(ahead.take(0, i), memory.before[i][threadIdx.x / kWarp], input);
+        to_floats(ahead.take(1, i), reinterpret_cast<float (&)[kSteps]>(g));
+        load(i, v - kAhead * kWarp, begin, seen_end);
         differentiate(v * kSteps - phase, v < end, input, g, later);
       }
     }
   }
 
-  // N steps from t on of a row of x, and of the initial state before it, or of dout.
-  template <int N>
-  __device__ __forceinline__ Words<T, N> load_steps(const T* row, int t, bool is_x) const {
-    if (t >= 0 && t <= seqlen - N) return load_words<N>(row + t);
-    return load_edge<N>(p, faults, batch, d, t, is_x);
+  // Begins to load vector v, of those in [begin, end).
+  __device__ __forceinline__ void load(int place, int v, int begin, int end) {
+    const int t = v * kSteps - phase;
+    if (v < begin || v >= end) {
+      ahead.put(0, place, {});
+      ahead.put(1, place, {});
+    } else if (t >= 0 && t <= seqlen - kSteps) {
+      ahead.begin(place, x + t, dout + t);
+    } else {
+      ahead.put(0, place, load_edge<kSteps>(p, faults, batch, d, t, true));
+      ahead.put(1, place, load_edge<kSteps>(p, faults, batch, d, t, false));
+    }
+    if (lane == 0 && v >= begin) {
+      Halo& before = memory.before[place][threadIdx.x / kWarp];
+      if (t >= kHalo)
+        copy_async<sizeof(Halo)>(&before, x + t - kHalo);
+      else
+        before = load_edge<kHalo>(p, faults, batch, d, t - kHalo, true);
+    }
+    ahead.commit();
   }
 
   // Where some of them are not in the row; those that are nowhere are 0. This and put_edge are
@@ -202,6 +216,8 @@ class CausalConv1dSteps {
   const CausalConv1dBwdPlan& plan;
   uint32_t* faults;
   const int d, lane, seqlen;
+  Memory& memory;
+  Ahead ahead;
   const CausalConv1dTaps<T, 1, kWidth> taps;
   int batch = 0, phase = 0;
   int plain_end = 0;  // gradients of steps before it go to dx as they are

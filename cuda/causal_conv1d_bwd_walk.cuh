@@ -3,25 +3,27 @@
 // saw: x(t) to x(t - width + 1), whose gradients slide along as a window.
 #pragma once
 
+#include "causal_conv1d_bwd_ahead.cuh"
 #include "causal_conv1d_bwd_plan.h"
 #include "causal_conv1d_bwd_sequence.cuh"
 #include "causal_conv1d_sequences.cuh"
 
 namespace ssmcore::cuda {
 
-// kAhead steps are loaded before they are needed. Taps that are missing come first, and see
-// nothing.
-template <typename T, int kChannels, int kWidth, int kAhead>
+// `Ahead` holds kAhead steps that are loaded before they are needed. Taps that are missing come
+// first, and see nothing.
+template <typename T, int kChannels, int kWidth, int kAhead, typename Ahead>
 class CausalConv1dWalk {
  public:
   // Channels [d, d + kChannels).
   __device__ __forceinline__ CausalConv1dWalk(const CausalConv1dBwdParams& p,
                                               const CausalConv1dBwdPlan& plan, uint32_t* faults,
-                                              int64_t d)
+                                              int64_t d, Ahead ahead)
       : p(p),
         plan(plan),
         faults(faults),
         d(d),
+        ahead(ahead),
         taps(p.fwd, plan.fwd, d, p.fwd.weight_dtype == DType::float32) {}
 
   // Σ_t g(t) x(t - width + 1 + k) over the steps of all tiles so far, and Σ_t g(t).
@@ -117,12 +119,10 @@ class CausalConv1dWalk {
     const T* x = row_of(p.fwd.x, batch, d) + (from + begin) * x_stride;
     const T* dout = row_of(p.dout, batch, d) + (from + begin) * dout_stride;
     T* dx = const_cast<T*>(row_of(p.dx, batch, d)) + (from + begin - kHistory) * p.dx.stride[2];
-    Channels x_ahead[kAhead], dout_ahead[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i, x += x_stride, dout += dout_stride) {
-      if (begin + i >= end) continue;
-      x_ahead[i] = load_words<kChannels>(x);
-      dout_ahead[i] = load_words<kChannels>(dout);
+      if (begin + i < end) ahead.begin(i, x, dout);
+      ahead.commit();
     }
     for (int block = begin; block < end; block += kAhead) {
 #pragma unroll
@@ -130,12 +130,11 @@ class CausalConv1dWalk {
         const int step = block + i;
         if (step >= end) break;
         float input[kChannels], g[kChannels], seen[kChannels];
-        to_floats(x_ahead[i], input);
-        to_floats(dout_ahead[i], g);
-        if (step + kAhead < end) {
-          x_ahead[i] = load_words<kChannels>(x);
-          dout_ahead[i] = load_words<kChannels>(dout);
-        }
+        ahead.wait();
+        to_floats(ahead.take(0, i), input);
+        to_floats(ahead.take(1, i), g);
+        if (step + kAhead < end) ahead.begin(i, x, dout);
+        ahead.commit();
         differentiate<false>(input, 0, step < own, g, seen);
         if (step >= kHistory && step - kHistory < plain) store_words(dx, to_words<T>(seen));
       }
@@ -217,6 +216,7 @@ class CausalConv1dWalk {
   const CausalConv1dBwdPlan& plan;
   uint32_t* faults;
   const int64_t d;
+  Ahead ahead;
   const CausalConv1dTaps<T, kChannels, kWidth> taps;
   // The last kHistory inputs, oldest first: values, gradients so far, numbers (seq_idx).
   float inputs[kHistory][kChannels], gradients[kHistory][kChannels];
