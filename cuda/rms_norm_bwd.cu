@@ -1,12 +1,13 @@
 // The gradients of the RMS norm on the GPU, in one pass over memory. With n = v / sqrt(mean(v²) +
 // eps) and y = weight n: dn = weight dy and dv = (dn - n mean(dn n)) / sqrt(mean(v²) + eps). A
 // group of a row has a team of lanes, which goes on to the same group of other rows: so each thread
-// keeps its share of dweight in registers, and a row's inputs are on their way while the one before
-// it is worked on.
+// keeps its share of dweight in registers, and a row's inputs are on their way to shared memory
+// while the one before it is worked on.
 #include "../cpp/src/rms_norm_params.h"
 #include "../cpp/src/scratch.h"
 #include "any_type.cuh"
 #include "column_sums.h"
+#include "device/async_copy.cuh"
 #include "device/lanes.cuh"
 #include "device/math.cuh"
 #include "launch.h"
@@ -17,13 +18,17 @@ namespace {
 constexpr const char* kOp = "rms_norm_bwd";
 // Of a block, and of the blocks that share an SM.
 constexpr int kMaxThreads = 640;
-constexpr int kSmallThreads = 128;    // of a block of several teams
-constexpr int kElementThreads = 256;  // of a block of single elements
+constexpr int kStages = 3;               // rows whose inputs a block has room for
+constexpr int kMaxLanes = 640;           // of a row, or of its group
+constexpr size_t kReservedBytes = 2048;  // of shared memory, of each block
+constexpr int kSmallThreads = 128;       // of a block of several teams
+constexpr int kElementThreads = 256;     // of a block of single elements
 
 // How the work is divided. dweight is summed over the rows of each line, and then over the lines.
 struct Division {
   int lanes;  // of a team
   int64_t groups, lines;
+  int pieces;  // of 16 bytes that a thread reads of a row
 };
 
 // A thread's place: which of its team's lanes it is, the group whose first element in any row is
@@ -42,10 +47,15 @@ struct Place {
   }
 };
 
-// What is read of a row.
+// What a thread reads of a row.
 struct Inputs {
   Raw x, residual, z, dout, dresidual_out;
 };
+
+// Pieces of 16 bytes that eight elements of a type are.
+__host__ __device__ constexpr int pieces_of(DType dtype) {
+  return dtype == DType::float32 ? 2 : 1;
+}
 
 __device__ __forceinline__ void store_gradient(const StridedGradient<2>& gradient, int64_t at,
                                                const float (&values)[kEight]) {
@@ -89,14 +99,13 @@ struct Terms {
 };
 
 // kOne: a thread has one vector of a row. Of more, what is needed again is read again, and sums are
-// kept in memory; both come from the caches. kPlain: neither residual nor gate. So little is loaded
-// that the next row's inputs fit in registers as well.
+// kept in memory; both come from the caches. kPlain: neither residual nor gate.
 template <bool kOne, bool kPlain>
 __global__ void __launch_bounds__(kMaxThreads)
     rms_norm_bwd_kernel(const __grid_constant__ RmsNormBwdParams p, const Division division,
                         float* sums) {
+  extern __shared__ uint4 ring[];  // (kStages, pieces, threads)
   const RmsNormFwdParams& fwd = p.fwd;
-  constexpr bool kPrefetch = kOne && kPlain;
   const bool has_residual = !kPlain && fwd.residual.data, has_gate = !kPlain && fwd.z.data;
   const bool gate_first = has_gate && !fwd.norm_before_gate;
   const bool gate_last = has_gate && fwd.norm_before_gate;
@@ -110,17 +119,41 @@ __global__ void __launch_bounds__(kMaxThreads)
   const auto at = [&](const Strided<2>& tensor, int64_t row, int j) {
     return row * tensor.stride[0] + place.first + begin(j);
   };
-  const auto load = [&](int64_t row, int j) {
-    Inputs in{};
-    if (!is_inside(row, j)) return in;
-    in.x = load_raw(fwd.x.data, fwd.dtype, at(fwd.x, row, j));
-    if (has_residual)
-      in.residual = load_raw(fwd.residual.data, fwd.residual_dtype, at(fwd.residual, row, j));
-    if (has_gate) in.z = load_raw(fwd.z.data, fwd.z_dtype, at(fwd.z, row, j));
-    in.dout = load_raw(p.dout.data, p.dout_dtype, at(p.dout, row, j));
-    if (p.dresidual_out.data)
-      in.dresidual_out =
-          load_raw(p.dresidual_out.data, p.dresidual_out_dtype, at(p.dresidual_out, row, j));
+  // Calls body(operand, its dtype, where its eight elements go).
+  const auto for_each_input = [&](Inputs& in, const auto& body) {
+    body(fwd.x, fwd.dtype, in.x);
+    if (has_residual) body(fwd.residual, fwd.residual_dtype, in.residual);
+    if (has_gate) body(fwd.z, fwd.z_dtype, in.z);
+    body(p.dout, p.dout_dtype, in.dout);
+    if (p.dresidual_out.data) body(p.dresidual_out, p.dresidual_out_dtype, in.dresidual_out);
+  };
+  const auto of_stage = [&](int stage) {
+    return ring + stage * division.pieces * blockDim.x + threadIdx.x;
+  };
+  const auto begin_copies = [&](int64_t row, int stage) {
+    uint4* to = of_stage(stage);
+    Inputs unused;
+    if (is_inside(row, 0))
+      for_each_input(unused, [&](const Strided<2>& tensor, DType dtype, Raw&) {
+        const char* from =
+            static_cast<const char*>(tensor.data) + at(tensor, row, 0) * (2 * pieces_of(dtype));
+        for (int i = 0; i < pieces_of(dtype); ++i, to += blockDim.x)
+          copy_async_16(to, from + 16 * i, true);
+      });
+    commit_copies();
+  };
+  const auto inputs_of = [&](int64_t row, int j, int stage) {
+    Inputs in;
+    const uint4* from = of_stage(stage);
+    for_each_input(in, [&](const Strided<2>& tensor, DType dtype, Raw& raw) {
+      if (!kOne) {
+        raw = load_raw(tensor.data, dtype, at(tensor, row, j));
+        return;
+      }
+      raw.low = from[0];
+      if (dtype == DType::float32) raw.high = from[blockDim.x];
+      from += pieces_of(dtype) * blockDim.x;
+    });
     return in;
   };
   const auto load_weight = [&](int j, float (&weight)[kEight]) {
@@ -154,20 +187,22 @@ __global__ void __launch_bounds__(kMaxThreads)
   const int64_t vectors = kOne ? 1 : (fwd.group_size + per_vector - 1) / per_vector;
   float weight[kEight], dweight[kEight] = {};
   if (kOne) load_weight(0, weight);
-  Inputs next;
-  if (kPrefetch) next = load(place.line, 0);
-  int turn = 0;
+  int turn = 0, stage = 0;
+  if (kOne)
+    for (int ahead = 0; ahead < kStages - 1; ++ahead)
+      begin_copies(place.line + ahead * division.lines, ahead);
 #pragma unroll 1
   for (int64_t first = 0; first < fwd.rows; first += division.lines, turn ^= 1) {
     const int64_t row = first + place.line;
-    Inputs in;
+    if (kOne) {
+      wait_for_copies<kStages - 2>();
+      begin_copies(row + (kStages - 1) * division.lines, (stage + kStages - 1) % kStages);
+    }
     float totals[2] = {};  // Σ v² and Σ dn v
     for (int j = 0; j < vectors; ++j) {
-      in = kPrefetch ? next : load(row, j);
-      if (kPrefetch) next = load(row + division.lines, 0);
       if (!is_inside(row, j)) continue;
       if (!kOne) load_weight(j, weight);
-      for_each(in, weight, [&](int, const Terms& t) {
+      for_each(inputs_of(row, j, stage), weight, [&](int, const Terms& t) {
         totals[0] += t.v * t.v;
         totals[1] += t.dn * t.v;
       });
@@ -179,8 +214,8 @@ __global__ void __launch_bounds__(kMaxThreads)
 
     for (int j = 0; j < vectors; ++j) {
       if (!is_inside(row, j)) continue;
+      const Inputs in = inputs_of(row, j, stage);
       if (!kOne) {
-        in = load(row, j);
         load_weight(j, weight);
         if (sums && first > 0)
           to_floats(load_raw(sums, DType::float32, sum_at(j)), DType::float32, dweight);
@@ -202,6 +237,7 @@ __global__ void __launch_bounds__(kMaxThreads)
         for (float& sum : dweight) sum = 0.0f;
       }
     }
+    stage = (stage + 1) % kStages;
   }
   if (kOne && sums && is_inside(place.line, 0))
     store_eight(sums, DType::float32, sum_at(0), dweight);
@@ -276,29 +312,52 @@ bool has_vectors(const RmsNormBwdParams& p) {
 
 struct Plan {
   void (*kernel)(RmsNormBwdParams, Division, float*);
-  Division division;
+  Division division{};
   int threads;
+  size_t shared_bytes = 0;
 
   Plan(const RmsNormBwdParams& p, const Context& context) {
+    const DeviceState& device = context.cuda();
     const int64_t vectors = p.fwd.group_size / kEight;
-    division.lanes = lanes_for(vectors, kMaxThreads);
+    division.lanes = lanes_for(vectors, kMaxLanes);
+    threads = threads_for(division.lanes, kSmallThreads);
+    const size_t most_shared = device.shared_memory_per_block() - kReservedBytes;
     if (!has_vectors(p)) {
       kernel = rms_norm_bwd_elements_kernel;
       division.lanes = lanes_for(p.fwd.group_size, kElementThreads);
-    } else if (vectors > kMaxThreads) {
+      threads = threads_for(division.lanes, kSmallThreads);
+    } else if (vectors > kMaxLanes || ring_bytes(p) > most_shared) {
       kernel = rms_norm_bwd_kernel<false, false>;
-    } else if (p.fwd.residual || p.fwd.z) {
-      kernel = rms_norm_bwd_kernel<true, false>;
     } else {
-      kernel = rms_norm_bwd_kernel<true, true>;
+      kernel = p.fwd.residual || p.fwd.z ? rms_norm_bwd_kernel<true, false>
+                                         : rms_norm_bwd_kernel<true, true>;
+      division.pieces = pieces(p);
+      shared_bytes = ring_bytes(p);
     }
-    threads = division.lanes > kWarp ? division.lanes : kSmallThreads;
+    const size_t room = device.shared_memory_per_block() / (shared_bytes + kReservedBytes);
+    const int64_t blocks =
+        device.num_sms() * std::min<int64_t>(kMaxThreads / threads, static_cast<int64_t>(room));
     division.groups = p.fwd.dim / p.fwd.group_size;
-    const int64_t teams = static_cast<int64_t>(context.cuda().num_sms()) * (kMaxThreads / threads) *
-                          (threads / division.lanes);
-    division.lines = std::min(p.fwd.rows, ceil_div(teams, division.groups));
+    division.lines =
+        std::min(p.fwd.rows, ceil_div(blocks * (threads / division.lanes), division.groups));
   }
 
+  // That a thread with one vector reads of a row.
+  static int pieces(const RmsNormBwdParams& p) {
+    int count = 0;
+    const auto add = [&](const Strided<2>& tensor, DType dtype) {
+      if (tensor) count += pieces_of(dtype);
+    };
+    add(p.fwd.x, p.fwd.dtype);
+    add(p.fwd.residual, p.fwd.residual_dtype);
+    add(p.fwd.z, p.fwd.z_dtype);
+    add(p.dout, p.dout_dtype);
+    add(p.dresidual_out, p.dresidual_out_dtype);
+    return count;
+  }
+  size_t ring_bytes(const RmsNormBwdParams& p) const {
+    return sizeof(uint4) * kStages * pieces(p) * threads;
+  }
   unsigned blocks() const {
     return blocks_for(division.lines * division.groups, threads / division.lanes);
   }
@@ -322,7 +381,8 @@ void rms_norm_bwd(const RmsNormBwdParams& p, const Exec& exec) {
   const Plan plan(p, exec.context);
   Scratch scratch(exec.workspace);
   float* const sums = plan.sums(p, scratch);
-  launch_kernel(kOp, plan.kernel, {plan.blocks(), plan.threads}, exec, p, plan.division, sums);
+  launch_kernel(kOp, plan.kernel, {plan.blocks(), plan.threads, plan.shared_bytes}, exec, p,
+                plan.division, sums);
   if (!sums) return;
   Strided<2> lines;
   lines.data = sums;
