@@ -1,13 +1,12 @@
 // The gradients of the RMS norm on the GPU, in one pass over memory. With n = v / sqrt(mean(v²) +
 // eps) and y = weight n: dn = weight dy and dv = (dn - n mean(dn n)) / sqrt(mean(v²) + eps). A
 // group of a row has a team of lanes, which goes on to the same group of other rows: so each thread
-// keeps its share of dweight in registers, and a row's inputs are on their way to shared memory
-// while the one before it is worked on.
+// keeps its share of dweight in registers, and a row's inputs are on their way while the one before
+// it is worked on.
 #include "../cpp/src/rms_norm_params.h"
 #include "../cpp/src/scratch.h"
 #include "any_type.cuh"
 #include "column_sums.h"
-#include "device/async_copy.cuh"
 #include "device/lanes.cuh"
 #include "device/math.cuh"
 #include "launch.h"
@@ -18,17 +17,13 @@ namespace {
 constexpr const char* kOp = "rms_norm_bwd";
 // Of a block, and of the blocks that share an SM.
 constexpr int kMaxThreads = 640;
-constexpr int kStages = 3;               // rows whose inputs a block has room for
-constexpr int kMaxLanes = 640;           // of a row, or of its group
-constexpr size_t kReservedBytes = 2048;  // of shared memory, of each block
-constexpr int kSmallThreads = 128;       // of a block of several teams
-constexpr int kElementThreads = 256;     // of a block of single elements
+constexpr int kSmallThreads = 128;    // of a block of several teams
+constexpr int kElementThreads = 256;  // of a block of single elements
 
 // How the work is divided. dweight is summed over the rows of each line, and then over the lines.
 struct Division {
   int lanes;  // of a team
   int64_t groups, lines;
-  int pieces;  // of 16 bytes that a thread reads of a row
 };
 
 // A thread's place: which of its team's lanes it is, the group whose first element in any row is
@@ -47,25 +42,61 @@ struct Place {
   }
 };
 
-// What a thread reads of a row.
+// A thread's eight elements are two runs of four, `apart` from each other and next to those of its
+// neighbours: so a warp's stores fill whole sectors of memory in any type, which of float32 eight
+// neighbours would not. There may be fewer runs at the end of a group.
+constexpr int kRun = 4;
+struct Runs {
+  int64_t at;
+  int count, apart;
+
+  __device__ Runs shifted(int64_t by) const { return {at + by, count, apart}; }
+};
+
+// Zeros beyond the end.
+__device__ __forceinline__ Raw load_runs(const void* data, DType dtype, const Runs& runs) {
+  Raw raw{};
+  if (dtype == DType::float32) {
+    const auto* from = static_cast<const float*>(data) + runs.at;
+    if (runs.count > 0) raw.low = *reinterpret_cast<const uint4*>(from);
+    if (runs.count > 1) raw.high = *reinterpret_cast<const uint4*>(from + runs.apart);
+  } else {
+    const auto* from = static_cast<const uint16_t*>(data) + runs.at;
+    uint2 first{}, second{};
+    if (runs.count > 0) first = *reinterpret_cast<const uint2*>(from);
+    if (runs.count > 1) second = *reinterpret_cast<const uint2*>(from + runs.apart);
+    raw.low = make_uint4(first.x, first.y, second.x, second.y);
+  }
+  return raw;
+}
+
+__device__ __forceinline__ void store_runs(void* data, DType dtype, const Runs& runs,
+                                           const float (&values)[kEight]) {
+  with_device_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using Run = std::conditional_t<sizeof(T) == 4, uint4, uint2>;
+    const auto words = to_words<T>(values);
+    const auto& of_words = reinterpret_cast<const Run(&)[2]>(words);
+    T* to = static_cast<T*>(data) + runs.at;
+    if (runs.count > 0) *reinterpret_cast<Run*>(to) = of_words[0];
+    if (runs.count > 1) *reinterpret_cast<Run*>(to + runs.apart) = of_words[1];
+  });
+}
+
+// What is read of a row.
 struct Inputs {
   Raw x, residual, z, dout, dresidual_out;
 };
 
-// Pieces of 16 bytes that eight elements of a type are.
-__host__ __device__ constexpr int pieces_of(DType dtype) {
-  return dtype == DType::float32 ? 2 : 1;
-}
-
-__device__ __forceinline__ void store_gradient(const StridedGradient<2>& gradient, int64_t at,
+__device__ __forceinline__ void store_gradient(const StridedGradient<2>& gradient, const Runs& runs,
                                                const float (&values)[kEight]) {
   if (!gradient.data) return;
   float sum[kEight] = {};
   if (gradient.accumulate)
-    to_floats(load_raw(gradient.data, gradient.dtype, at), gradient.dtype, sum);
+    to_floats(load_runs(gradient.data, gradient.dtype, runs), gradient.dtype, sum);
 #pragma unroll
   for (int i = 0; i < kEight; ++i) sum[i] += values[i];
-  store_eight(gradient.data, gradient.dtype, at, sum);
+  store_runs(gradient.data, gradient.dtype, runs, sum);
 }
 
 __device__ __forceinline__ void store_gradient(const StridedGradient<2>& gradient, int64_t at,
@@ -99,68 +130,47 @@ struct Terms {
 };
 
 // kOne: a thread has one vector of a row. Of more, what is needed again is read again, and sums are
-// kept in memory; both come from the caches. kPlain: neither residual nor gate.
+// kept in memory; both come from the caches. kPlain: neither residual nor gate. So little is loaded
+// that the next row's inputs fit in registers as well.
 template <bool kOne, bool kPlain>
 __global__ void __launch_bounds__(kMaxThreads)
     rms_norm_bwd_kernel(const __grid_constant__ RmsNormBwdParams p, const Division division,
                         float* sums) {
-  extern __shared__ uint4 ring[];  // (kStages, pieces, threads)
   const RmsNormFwdParams& fwd = p.fwd;
+  constexpr bool kPrefetch = kOne && kPlain;
   const bool has_residual = !kPlain && fwd.residual.data, has_gate = !kPlain && fwd.z.data;
   const bool gate_first = has_gate && !fwd.norm_before_gate;
   const bool gate_last = has_gate && fwd.norm_before_gate;
   const Place place(fwd, division);
-  const auto begin = [&](int j) {
-    return static_cast<int64_t>(place.lane + j * division.lanes) * kEight;
+  // Of the group, a thread's j-th vector.
+  const auto runs_of = [&](int64_t j) {
+    const int apart = division.lanes * kRun;
+    const int64_t at = place.lane * kRun + j * 2 * apart;
+    return Runs{at, (at < fwd.group_size) + (at + apart < fwd.group_size), apart};
   };
-  const auto is_inside = [&](int64_t row, int j) {
-    return place.line < division.lines && row < fwd.rows && begin(j) < fwd.group_size;
+  const auto in_row = [&](const Strided<2>& tensor, int64_t row, const Runs& runs) {
+    return runs.shifted(row * tensor.stride[0] + place.first);
   };
-  const auto at = [&](const Strided<2>& tensor, int64_t row, int j) {
-    return row * tensor.stride[0] + place.first + begin(j);
-  };
-  // Calls body(operand, its dtype, where its eight elements go).
-  const auto for_each_input = [&](Inputs& in, const auto& body) {
-    body(fwd.x, fwd.dtype, in.x);
-    if (has_residual) body(fwd.residual, fwd.residual_dtype, in.residual);
-    if (has_gate) body(fwd.z, fwd.z_dtype, in.z);
-    body(p.dout, p.dout_dtype, in.dout);
-    if (p.dresidual_out.data) body(p.dresidual_out, p.dresidual_out_dtype, in.dresidual_out);
-  };
-  const auto of_stage = [&](int stage) {
-    return ring + stage * division.pieces * blockDim.x + threadIdx.x;
-  };
-  const auto begin_copies = [&](int64_t row, int stage) {
-    uint4* to = of_stage(stage);
-    Inputs unused;
-    if (is_inside(row, 0))
-      for_each_input(unused, [&](const Strided<2>& tensor, DType dtype, Raw&) {
-        const char* from =
-            static_cast<const char*>(tensor.data) + at(tensor, row, 0) * (2 * pieces_of(dtype));
-        for (int i = 0; i < pieces_of(dtype); ++i, to += blockDim.x)
-          copy_async_16(to, from + 16 * i, true);
-      });
-    commit_copies();
-  };
-  const auto inputs_of = [&](int64_t row, int j, int stage) {
-    Inputs in;
-    const uint4* from = of_stage(stage);
-    for_each_input(in, [&](const Strided<2>& tensor, DType dtype, Raw& raw) {
-      if (!kOne) {
-        raw = load_raw(tensor.data, dtype, at(tensor, row, j));
-        return;
-      }
-      raw.low = from[0];
-      if (dtype == DType::float32) raw.high = from[blockDim.x];
-      from += pieces_of(dtype) * blockDim.x;
-    });
+  const auto exists = [&](int64_t row) { return place.line < division.lines && row < fwd.rows; };
+  const auto load = [&](int64_t row, const Runs& runs) {
+    Inputs in{};
+    if (!exists(row)) return in;
+    const auto load_operand = [&](const Strided<2>& tensor, DType dtype) {
+      return load_runs(tensor.data, dtype, in_row(tensor, row, runs));
+    };
+    in.x = load_operand(fwd.x, fwd.dtype);
+    if (has_residual) in.residual = load_operand(fwd.residual, fwd.residual_dtype);
+    if (has_gate) in.z = load_operand(fwd.z, fwd.z_dtype);
+    in.dout = load_operand(p.dout, p.dout_dtype);
+    if (p.dresidual_out.data)
+      in.dresidual_out = load_operand(p.dresidual_out, p.dresidual_out_dtype);
     return in;
   };
-  const auto load_weight = [&](int j, float (&weight)[kEight]) {
+  const auto load_weight = [&](const Runs& runs, float (&weight)[kEight]) {
 #pragma unroll
     for (float& w : weight) w = 1.0f;
-    if (fwd.weight.data && begin(j) < fwd.group_size)
-      to_floats(load_raw(fwd.weight.data, fwd.weight_dtype, place.first + begin(j)),
+    if (fwd.weight.data)
+      to_floats(load_runs(fwd.weight.data, fwd.weight_dtype, runs.shifted(place.first)),
                 fwd.weight_dtype, weight);
   };
   // Calls body(i, terms) for a vector's elements.
@@ -181,28 +191,28 @@ __global__ void __launch_bounds__(kMaxThreads)
   };
 
   // Of a line's rows so far; the first overwrites what is in memory.
-  const auto sum_at = [&](int j) { return place.line * fwd.dim + place.first + begin(j); };
+  const auto in_sums = [&](const Runs& runs) {
+    return runs.shifted(place.line * fwd.dim + place.first);
+  };
 
   const int64_t per_vector = division.lanes * kEight;  // of all lanes
   const int64_t vectors = kOne ? 1 : (fwd.group_size + per_vector - 1) / per_vector;
   float weight[kEight], dweight[kEight] = {};
-  if (kOne) load_weight(0, weight);
-  int turn = 0, stage = 0;
-  if (kOne)
-    for (int ahead = 0; ahead < kStages - 1; ++ahead)
-      begin_copies(place.line + ahead * division.lines, ahead);
+  if (kOne) load_weight(runs_of(0), weight);
+  Inputs next;
+  if (kPrefetch) next = load(place.line, runs_of(0));
+  int turn = 0;
 #pragma unroll 1
   for (int64_t first = 0; first < fwd.rows; first += division.lines, turn ^= 1) {
     const int64_t row = first + place.line;
-    if (kOne) {
-      wait_for_copies<kStages - 2>();
-      begin_copies(row + (kStages - 1) * division.lines, (stage + kStages - 1) % kStages);
-    }
+    Inputs in;
     float totals[2] = {};  // Σ v² and Σ dn v
-    for (int j = 0; j < vectors; ++j) {
-      if (!is_inside(row, j)) continue;
-      if (!kOne) load_weight(j, weight);
-      for_each(inputs_of(row, j, stage), weight, [&](int, const Terms& t) {
+    for (int64_t j = 0; j < vectors; ++j) {
+      const Runs runs = runs_of(j);
+      in = kPrefetch ? next : load(row, runs);
+      if (kPrefetch) next = load(row + division.lines, runs);
+      if (!kOne) load_weight(runs, weight);
+      for_each(in, weight, [&](int, const Terms& t) {
         totals[0] += t.v * t.v;
         totals[1] += t.dn * t.v;
       });
@@ -211,14 +221,15 @@ __global__ void __launch_bounds__(kMaxThreads)
     const float size = static_cast<float>(fwd.group_size);
     const float scale = 1.0f / sqrtf(totals[0] / size + fwd.eps);
     const float mean = totals[1] / size * scale;  // of dn n
+    if (!exists(row)) continue;
 
-    for (int j = 0; j < vectors; ++j) {
-      if (!is_inside(row, j)) continue;
-      const Inputs in = inputs_of(row, j, stage);
+    for (int64_t j = 0; j < vectors; ++j) {
+      const Runs runs = runs_of(j);
       if (!kOne) {
-        load_weight(j, weight);
+        in = load(row, runs);
+        load_weight(runs, weight);
         if (sums && first > 0)
-          to_floats(load_raw(sums, DType::float32, sum_at(j)), DType::float32, dweight);
+          to_floats(load_runs(sums, DType::float32, in_sums(runs)), DType::float32, dweight);
       }
       float dr[kEight] = {}, dz[kEight];
       if (p.dresidual_out.data) to_floats(in.dresidual_out, p.dresidual_out_dtype, dr);
@@ -228,19 +239,18 @@ __global__ void __launch_bounds__(kMaxThreads)
         dr[i] += t.dr(dv);
         dz[i] = t.dz(dv, scale);
       });
-      if (has_gate) store_gradient(p.dz, at(p.dz, row, j), dz);
-      store_gradient(p.dx, at(p.dx, row, j), dr);
-      store_gradient(p.dresidual, at(p.dresidual, row, j), dr);
+      if (has_gate) store_gradient(p.dz, in_row(p.dz, row, runs), dz);
+      store_gradient(p.dx, in_row(p.dx, row, runs), dr);
+      store_gradient(p.dresidual, in_row(p.dresidual, row, runs), dr);
       if (!kOne) {
-        if (sums) store_eight(sums, DType::float32, sum_at(j), dweight);
+        if (sums) store_runs(sums, DType::float32, in_sums(runs), dweight);
 #pragma unroll
         for (float& sum : dweight) sum = 0.0f;
       }
     }
-    stage = (stage + 1) % kStages;
   }
-  if (kOne && sums && is_inside(place.line, 0))
-    store_eight(sums, DType::float32, sum_at(0), dweight);
+  if (kOne && sums && exists(place.line))
+    store_runs(sums, DType::float32, in_sums(runs_of(0)), dweight);
 }
 
 // Any strides, alignment and size, element by element; rows are read twice.
@@ -312,52 +322,29 @@ bool has_vectors(const RmsNormBwdParams& p) {
 
 struct Plan {
   void (*kernel)(RmsNormBwdParams, Division, float*);
-  Division division{};
+  Division division;
   int threads;
-  size_t shared_bytes = 0;
 
   Plan(const RmsNormBwdParams& p, const Context& context) {
-    const DeviceState& device = context.cuda();
     const int64_t vectors = p.fwd.group_size / kEight;
-    division.lanes = lanes_for(vectors, kMaxLanes);
-    threads = threads_for(division.lanes, kSmallThreads);
-    const size_t most_shared = device.shared_memory_per_block() - kReservedBytes;
+    division.lanes = lanes_for(vectors, kMaxThreads);
     if (!has_vectors(p)) {
       kernel = rms_norm_bwd_elements_kernel;
       division.lanes = lanes_for(p.fwd.group_size, kElementThreads);
-      threads = threads_for(division.lanes, kSmallThreads);
-    } else if (vectors > kMaxLanes || ring_bytes(p) > most_shared) {
+    } else if (vectors > kMaxThreads) {
       kernel = rms_norm_bwd_kernel<false, false>;
+    } else if (p.fwd.residual || p.fwd.z) {
+      kernel = rms_norm_bwd_kernel<true, false>;
     } else {
-      kernel = p.fwd.residual || p.fwd.z ? rms_norm_bwd_kernel<true, false>
-                                         : rms_norm_bwd_kernel<true, true>;
-      division.pieces = pieces(p);
-      shared_bytes = ring_bytes(p);
+      kernel = rms_norm_bwd_kernel<true, true>;
     }
-    const size_t room = device.shared_memory_per_block() / (shared_bytes + kReservedBytes);
-    const int64_t blocks =
-        device.num_sms() * std::min<int64_t>(kMaxThreads / threads, static_cast<int64_t>(room));
+    threads = threads_for(division.lanes, kSmallThreads);
     division.groups = p.fwd.dim / p.fwd.group_size;
-    division.lines =
-        std::min(p.fwd.rows, ceil_div(blocks * (threads / division.lanes), division.groups));
+    const int64_t teams = static_cast<int64_t>(context.cuda().num_sms()) * (kMaxThreads / threads) *
+                          (threads / division.lanes);
+    division.lines = std::min(p.fwd.rows, ceil_div(teams, division.groups));
   }
 
-  // That a thread with one vector reads of a row.
-  static int pieces(const RmsNormBwdParams& p) {
-    int count = 0;
-    const auto add = [&](const Strided<2>& tensor, DType dtype) {
-      if (tensor) count += pieces_of(dtype);
-    };
-    add(p.fwd.x, p.fwd.dtype);
-    add(p.fwd.residual, p.fwd.residual_dtype);
-    add(p.fwd.z, p.fwd.z_dtype);
-    add(p.dout, p.dout_dtype);
-    add(p.dresidual_out, p.dresidual_out_dtype);
-    return count;
-  }
-  size_t ring_bytes(const RmsNormBwdParams& p) const {
-    return sizeof(uint4) * kStages * pieces(p) * threads;
-  }
   unsigned blocks() const {
     return blocks_for(division.lines * division.groups, threads / division.lanes);
   }
@@ -381,8 +368,7 @@ void rms_norm_bwd(const RmsNormBwdParams& p, const Exec& exec) {
   const Plan plan(p, exec.context);
   Scratch scratch(exec.workspace);
   float* const sums = plan.sums(p, scratch);
-  launch_kernel(kOp, plan.kernel, {plan.blocks(), plan.threads, plan.shared_bytes}, exec, p,
-                plan.division, sums);
+  launch_kernel(kOp, plan.kernel, {plan.blocks(), plan.threads}, exec, p, plan.division, sums);
   if (!sums) return;
   Strided<2> lines;
   lines.data = sums;
