@@ -21,7 +21,6 @@ namespace {
     fail_gradient(#name);                                       \
   }
 
-SSMCORE_NO_GRADIENT(selective_scan_bwd, SelectiveScanBwdParams)
 SSMCORE_NO_GRADIENT(causal_conv1d_bwd, CausalConv1dBwdParams)
 SSMCORE_NO_GRADIENT(rms_norm_bwd, RmsNormBwdParams)
 SSMCORE_NO_GRADIENT(linear_bwd, LinearBwdParams)

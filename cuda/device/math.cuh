@@ -3,7 +3,7 @@
 
 namespace ssmcore::cuda {
 
-inline constexpr float kLog2e = 1.4426950408889634f;
+inline constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // 2^x to 2 units in the last place; results below 2^-126 are 0.
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -33,8 +33,12 @@ __device__ __forceinline__ float softplus(float x) {
   return y * e + fmaxf(x, 0.0f);
 }
 
+__device__ __forceinline__ float sigmoid(float x) {
+  return reciprocal_approx(1.0f + exp2_approx(-x * kLog2e));
+}
+
 __device__ __forceinline__ float silu(float x) {
-  return x * reciprocal_approx(1.0f + exp2_approx(-x * kLog2e));
+  return x * sigmoid(x);
 }
 
 }  // namespace ssmcore::cuda
