@@ -121,23 +121,23 @@ __global__ void __launch_bounds__(128)
   if (at >= of_row) return;
   const int64_t n = at % fwd.dstate, channel = at / fwd.dstate;
   const int64_t head = channel / fwd.headdim, d = channel % fwd.headdim;
-  const float A = static_cast<const float*>(fwd.A.data)[head * fwd.A.stride[0] +
-                                                       d * fwd.A.stride[1] + n * fwd.A.stride[2]] *
-                  kLog2e;
+  const float A =
+      static_cast<const float*>(
+          fwd.A.data)[head * fwd.A.stride[0] + d * fwd.A.stride[1] + n * fwd.A.stride[2]] *
+      kLog2e;
   const Strided<4>& from = kGradients ? p.dlast_state : fwd.initial_state;
   float carry =
       from.data && row.slot >= 0
-          ? static_cast<const float*>(from.data)[row.slot * from.stride[0] +
-                                                 head * from.stride[1] + d * from.stride[2] +
-                                                 n * from.stride[3]]
+          ? static_cast<const float*>(from.data)[row.slot * from.stride[0] + head * from.stride[1] +
+                                                 d * from.stride[2] + n * from.stride[3]]
           : 0.0f;
 
-  const int64_t first =
-      kGradients ? row_index * plan.parts
-                 : first_tile + (fwd.cu_seqlens.data ? 0 : row_index * plan.row_tiles);
-  const int64_t count =
-      kGradients ? plan.parts
-                 : min(pieces_of(row.end - row.begin, plan.tile_l), plan.tiles - first);
+  const int64_t first = kGradients
+                            ? row_index * plan.parts
+                            : first_tile + (fwd.cu_seqlens.data ? 0 : row_index * plan.row_tiles);
+  const int64_t count = kGradients
+                            ? plan.parts
+                            : min(pieces_of(row.end - row.begin, plan.tile_l), plan.tiles - first);
   const float* const deltas =
       (kGradients ? workspace.part_deltas : workspace.tile_deltas) + channel;
   float* const sums = (kGradients ? workspace.part_gradients : workspace.tile_states) + at;

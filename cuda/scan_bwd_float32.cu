@@ -4,6 +4,6 @@
 namespace ssmcore::cuda {
 
 template void launch_varying_scan_bwd<float>(const SelectiveScanBwdParams&, const ScanBwdPlan&,
-                                          const ScanBwdWorkspace&, const Exec&);
+                                             const ScanBwdWorkspace&, const Exec&);
 
 }  // namespace ssmcore::cuda

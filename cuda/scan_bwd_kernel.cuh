@@ -60,11 +60,11 @@ __global__ void __launch_bounds__(ScanBwdShape::kThreads, 2)
       const int64_t at = (block.row_index * plan.parts + part) * plan.channels;
 #pragma unroll
       for (int i = 0; i < kStates; ++i)
-        recurrence.dh[i] = recurrence.exists(block, i)
-                               ? workspace.part_gradients[(at + block.channel(recurrence.d)) *
-                                                              fwd.dstate +
-                                                          recurrence.first_n + i]
-                               : 0.0f;
+        recurrence.dh[i] =
+            recurrence.exists(block, i)
+                ? workspace.part_gradients[(at + block.channel(recurrence.d)) * fwd.dstate +
+                                           recurrence.first_n + i]
+                : 0.0f;
     } else {
       recurrence.load_state(recurrence.dh, p.dlast_state, block);
     }
@@ -81,10 +81,10 @@ __global__ void __launch_bounds__(ScanBwdShape::kThreads, 2)
         const Strided<5>& states = fwd.chunk_states;
         const int64_t chunk = first_state + tile * plan.chunks_per_tile;
         recurrence.load(h, states,
-                        chunk < fwd.chunks ? static_cast<const float*>(states.data) +
-                                                 block.row.batch * states.stride[0] +
-                                                 chunk * states.stride[1]
-                                           : nullptr,
+                        chunk < fwd.chunks
+                            ? static_cast<const float*>(states.data) +
+                                  block.row.batch * states.stride[0] + chunk * states.stride[1]
+                            : nullptr,
                         block);
       }
       staging.template stage<ScanBwdUse::all>(t, steps);
@@ -95,13 +95,15 @@ __global__ void __launch_bounds__(ScanBwdShape::kThreads, 2)
         recurrence.run_span(span, memory.products(span % 2, recurrence.warp));
         __syncthreads();
         if (workspace.products) {
-          const int step = threadIdx.x / (2 * Shape::kDstate), n = threadIdx.x % (2 * Shape::kDstate);
+          const int step = threadIdx.x / (2 * Shape::kDstate),
+                    n = threadIdx.x % (2 * Shape::kDstate);
           float sum = 0;
 #pragma unroll
           for (int warp = 0; warp < Shape::kWarps; ++warp)
             sum += memory.products(span % 2, warp)[step * Shape::kStepProducts + n];
           if (span * Shape::kSpan + step < steps)
-            products_at(block, plan, workspace.products, t + span * Shape::kSpan)[threadIdx.x] = sum;
+            products_at(block, plan, workspace.products, t + span * Shape::kSpan)[threadIdx.x] =
+                sum;
         }
       }
       staging.finish(t, steps);
@@ -118,8 +120,8 @@ __global__ void __launch_bounds__(ScanBwdShape::kThreads, 2)
         }
     }
   }
-  float* const sums = workspace.channels + (slice * plan.parts + part) * plan.channels *
-                                               (Shape::kDstate + 2);
+  float* const sums =
+      workspace.channels + (slice * plan.parts + part) * plan.channels * (Shape::kDstate + 2);
 #pragma unroll
   for (int i = 0; i < kStates; ++i)
     if (recurrence.d < block.channels)

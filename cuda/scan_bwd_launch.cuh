@@ -35,11 +35,10 @@ void launch_contributions(const SelectiveScanBwdParams& p, const ScanBwdPlan& pl
                           const ScanBwdWorkspace& workspace, bool vectors, const Exec& exec) {
   // Tiles of a block: enough to spare loading its parameters again.
   constexpr int64_t kFewTiles = 8;
-  const int64_t block_tiles = kGradients          ? plan.part_tiles
+  const int64_t block_tiles = kGradients         ? plan.part_tiles
                               : p.fwd.cu_seqlens ? plan.row_tiles
                                                  : kFewTiles;
-  const int64_t row_blocks =
-      kGradients ? plan.parts - 1 : ceil_div(plan.row_tiles, block_tiles);
+  const int64_t row_blocks = kGradients ? plan.parts - 1 : ceil_div(plan.row_tiles, block_tiles);
   uint32_t* const faults = exec.context.cuda().faults();
   launch_kernel(kScanBwd, scan_bwd_contributions_kernel<T, kAlongSteps, kGradients>,
                 {blocks_for(p.fwd.rows * row_blocks * p.fwd.nheads * plan.blocks_d, 1),

@@ -110,7 +110,7 @@ struct ScanBwdRecurrence : ScanBwdStates<kAlongSteps> {
   static constexpr int kStates = Shape::kStates, kSpan = Shape::kSpan;
 
   const ScanBwdMemory memory;
-  float dh[kStates];       // of the states before the steps done, from these
+  float dh[kStates];  // of the states before the steps done, from these
   float dA[kStates] = {};
 
   __device__ ScanBwdRecurrence(const ScanBwdBlock& block, const ScanBwdMemory& memory)
@@ -125,7 +125,8 @@ struct ScanBwdRecurrence : ScanBwdStates<kAlongSteps> {
 #pragma unroll
       for (int t = 0; t < kSpan; t += 4) {
         const int at = span * kSpan + t;
-        const Four dt = load_four(memory.delta(row) + at), dt_u = load_four(memory.delta_u(row) + at);
+        const Four dt = load_four(memory.delta(row) + at),
+                   dt_u = load_four(memory.delta_u(row) + at);
 #pragma unroll
         for (int i = 0; i < kStates; ++i) {
           const Four B = load_four(memory.coefficients(0, this->first_n + i) + at);

@@ -143,9 +143,13 @@ struct ScanBwdStaging {
     }
   }
 
-  __device__ __forceinline__ float parameter(const Strided<2>& of, int i, int four) const {
-    const int at = channel(i, four);
-    return of.data && at < block.channels ? float_at(of, block.head, block.first_d + at) : 0.0f;
+  // Of the channels of dD and dbias; 0 where there is none.
+  __device__ __forceinline__ void load(float (&to)[kChannels], const Strided<2>& of) const {
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) {
+      const int at = d + (kAlongSteps ? i * kNextRow : i);
+      to[i] = of.data && at < block.channels ? float_at(of, block.head, block.first_d + at) : 0.0f;
+    }
   }
 
   // Leaves Δ, Δu and dy of the tile of `steps` from t on, as far as `kUse` needs them.
@@ -161,21 +165,20 @@ struct ScanBwdStaging {
   __device__ __forceinline__ void stage_pieces(int64_t t, int steps) const {
     constexpr bool kInputs = kUse != ScanBwdUse::gradients, kOutputs = kUse != ScanBwdUse::states;
     const SelectiveScanFwdParams& fwd = p.fwd;
+    float bias[kChannels];
+    load(bias, fwd.delta_bias);
     Piece delta_t[kOwn], u_t[kOwn], z_t[kOwn], dout_t[kOwn];
     load<kWhole>(delta_t, delta, fwd.delta, t, steps);
     if (kInputs) load<kWhole>(u_t, u, fwd.u, t, steps);
     if (kOutputs && fwd.z.data) load<kWhole>(z_t, z, fwd.z, t, steps);
     if (kOutputs) load<kWhole>(dout_t, dout, p.dout, t, steps);
     float dt[kOwn][8];
-    for_each_element([&](int i, int j) {
-      dt[i][j] = delta_t[i].get(j / 4, j % 4) + parameter(fwd.delta_bias, i, j / 4);
-    });
-    if (fwd.delta_softplus)
-      for_each_element([&](int i, int j) { dt[i][j] = softplus(dt[i][j]); });
+    for_each_element(
+        [&](int i, int j) { dt[i][j] = delta_t[i].get(j / 4, j % 4) + bias[own(i, j / 4)]; });
+    if (fwd.delta_softplus) for_each_element([&](int i, int j) { dt[i][j] = softplus(dt[i][j]); });
     // What does not exist leaves the states as they are.
     for_each_element([&](int i, int j) {
-      if (channel(i, j / 4) >= block.channels ||
-          (!kWhole && step_of(i, j / 4) + j % 4 >= steps))
+      if (channel(i, j / 4) >= block.channels || (!kWhole && step_of(i, j / 4) + j % 4 >= steps))
         dt[i][j] = 0;
     });
     if (kInputs) {
@@ -203,6 +206,9 @@ struct ScanBwdStaging {
   template <bool kWhole>
   __device__ __forceinline__ void finish_pieces(int64_t t, int steps) {
     const SelectiveScanFwdParams& fwd = p.fwd;
+    float bias[kChannels], D[kChannels];
+    load(bias, fwd.delta_bias);
+    load(D, fwd.D);
     Piece delta_t[kOwn], u_t[kOwn], z_t[kOwn], dout_t[kOwn];
     load<kWhole>(dout_t, dout, p.dout, t, steps);
     if (fwd.z.data) load<kWhole>(z_t, z, fwd.z, t, steps);
@@ -215,7 +221,7 @@ struct ScanBwdStaging {
       float y[kOwn][8];
       load_plane(y, [&](int r, int at) { return memory.y(r, at / 4); });
       for_each_element([&](int i, int j) {
-        y[i][j] += parameter(fwd.D, i, j / 4) * u_t[i].get(j / 4, j % 4);
+        y[i][j] += D[own(i, j / 4)] * u_t[i].get(j / 4, j % 4);
         const float gate = z_t[i].get(j / 4, j % 4), opening = sigmoid(gate);
         const float opened = dy[i][j] * opening;
         dy[i][j] = opened * gate;
@@ -226,9 +232,8 @@ struct ScanBwdStaging {
     float dx[kOwn][8], dt[kOwn][8];
     load_plane(dx, [&](int r, int at) { return memory.dx(r, at / 4); });
     load_plane(dt, [&](int r, int at) { return memory.delta(r) + at; });
-    for_each_element([&](int i, int j) {
-      dt[i][j] = dt[i][j] * dx[i][j] + parameter(fwd.D, i, j / 4) * dy[i][j];
-    });
+    for_each_element(
+        [&](int i, int j) { dt[i][j] = dt[i][j] * dx[i][j] + D[own(i, j / 4)] * dy[i][j]; });
     store<kWhole>(p.du, du, t, steps, dt);
     load_plane(dt, [&](int r, int at) { return memory.delta_u(r) + at; });
     for_each_element([&](int i, int j) {
@@ -238,8 +243,7 @@ struct ScanBwdStaging {
     });
     if (fwd.delta_softplus)
       for_each_element([&](int i, int j) {
-        const float raw =
-            delta_t[i].get(j / 4, j % 4) + parameter(fwd.delta_bias, i, j / 4);
+        const float raw = delta_t[i].get(j / 4, j % 4) + bias[own(i, j / 4)];
         dx[i][j] *= raw > 20.0f ? 1.0f : sigmoid(raw);
       });
     for_each_element([&](int i, int j) {

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(256)
 }
 
 // dA, dD and ddelta_bias. A thread has one of them, of one channel.
-__global__ void __launch_bounds__(256)
+static __global__ void __launch_bounds__(256)
     scan_bwd_channels_kernel(const __grid_constant__ SelectiveScanBwdParams p,
                              const __grid_constant__ ScanBwdPlan plan, const float* sums) {
   constexpr int kDstate = ScanBwdShape::kDstate, kOfChannel = kDstate + 2;

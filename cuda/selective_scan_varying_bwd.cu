@@ -51,7 +51,8 @@ ScanBwdPlan plan_of(const SelectiveScanBwdParams& params, const Context& context
   plan.tiles = plan.row_tiles * (p.cu_seqlens ? 1 : p.rows) + (p.cu_seqlens ? p.rows : 0);
   const int64_t parts = choose_parts(p, plan, context.cuda().num_sms(), context.batch_invariant());
   plan.part_tiles = ceil_div(plan.row_tiles, parts);
-  plan.parts = std::max<int64_t>(1, ceil_div(plan.row_tiles, std::max<int64_t>(1, plan.part_tiles)));
+  plan.parts =
+      std::max<int64_t>(1, ceil_div(plan.row_tiles, std::max<int64_t>(1, plan.part_tiles)));
   // Parts are of one row.
   plan.slice_rows = plan.parts > 1 ? 1 : ceil_div(p.rows, kMostSlices);
   plan.slices = ceil_div(p.rows, std::max<int64_t>(1, plan.slice_rows));
@@ -65,8 +66,8 @@ ScanBwdWorkspace ScanBwdPlan::workspace(const SelectiveScanBwdParams& params,
   const SelectiveScanFwdParams& p = params.fwd;
   ScanBwdWorkspace workspace;
   if (params.dB || params.dC)
-    workspace.products = scratch.floats(
-        {p.nheads, blocks_d, p.cu_seqlens ? 1 : p.rows, p.seqlen, 2 * kDstate});
+    workspace.products =
+        scratch.floats({p.nheads, blocks_d, p.cu_seqlens ? 1 : p.rows, p.seqlen, 2 * kDstate});
   workspace.channels = scratch.floats({slices, parts, channels, kDstate + 2});
   if (finds_states) {
     workspace.tile_deltas = scratch.floats({tiles, channels});
