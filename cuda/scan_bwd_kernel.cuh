@@ -32,7 +32,7 @@ __device__ __forceinline__ float* products_at(const ScanBwdBlock& block, const S
                         ScanBwdShape::kDstate;
 }
 
-template <typename T, bool kAlongSteps>
+template <typename T, bool kAlongSteps, bool kAgain>
 __global__ void __launch_bounds__(ScanBwdShape::kThreads, 2)
     selective_scan_varying_bwd_kernel(const __grid_constant__ SelectiveScanBwdParams p,
                                       const __grid_constant__ ScanBwdPlan plan,
@@ -50,6 +50,9 @@ __global__ void __launch_bounds__(ScanBwdShape::kThreads, 2)
                      static_cast<int>(min(int64_t{Shape::kBlockD}, fwd.headdim - first_d))};
   ScanBwdStaging<T, kAlongSteps> staging(block, memory, moves_vectors);
   ScanBwdRecurrence<T, kAlongSteps> recurrence(block, memory);
+
+  if (threadIdx.x < Shape::kSpans * (Shape::kWarps - 1)) memory.added(0, threadIdx.x)->init(32);
+  unsigned phases = 0;  // of each span's arrivals
 
   const int64_t last_row = min((slice + 1) * plan.slice_rows, fwd.rows);
   for (block.row_index = slice * plan.slice_rows; block.row_index < last_row; ++block.row_index) {
@@ -91,21 +94,17 @@ __global__ void __launch_bounds__(ScanBwdShape::kThreads, 2)
       __syncthreads();
       const int spans = (steps + Shape::kSpan - 1) / Shape::kSpan;
       recurrence.find_starts(h, spans);
+      float* const products = products_at(block, plan, workspace.products, t);
+#pragma unroll 1
       for (int span = spans - 1; span >= 0; --span) {
-        recurrence.run_span(span, memory.products(span % 2, recurrence.warp));
-        __syncthreads();
-        if (workspace.products) {
-          const int step = threadIdx.x / (2 * Shape::kDstate),
-                    n = threadIdx.x % (2 * Shape::kDstate);
-          float sum = 0;
-#pragma unroll
-          for (int warp = 0; warp < Shape::kWarps; ++warp)
-            sum += memory.products(span % 2, warp)[step * Shape::kStepProducts + n];
-          if (span * Shape::kSpan + step < steps)
-            products_at(block, plan, workspace.products, t + span * Shape::kSpan)[threadIdx.x] =
-                sum;
-        }
+        auto of_span = recurrence.template run_span<kAgain>(span);
+        if (workspace.products)
+          recurrence.add_products(of_span, span, phases,
+                                  products + span * Shape::kSpan * 2 * Shape::kDstate,
+                                  steps - span * Shape::kSpan);
       }
+      phases ^= (1u << spans) - 1;
+      __syncthreads();
       staging.finish(t, steps);
       __syncthreads();
     }

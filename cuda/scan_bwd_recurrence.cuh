@@ -85,21 +85,26 @@ class ChannelSums {
     add_product<T>(high_, {even[2], even[3], odd[2], odd[3]}, factors);
   }
 
-  // Stores (steps, kStepProducts), of which dstate are these.
-  __device__ __forceinline__ void store(float* to, int lane) const {
+  // The sums of two states, `first_state()` and the next, in step lane % 4.
+  __device__ __forceinline__ float2 sums(int lane) const {
     const bool second = lane & 4;  // half of the channels: keeps the upper two states
     const auto exchange = [second](float keep0, float keep1, float send0, float send1) {
       return (second ? keep1 : keep0) + __shfl_xor_sync(~0u, second ? send1 : send0, 4);
     };
-    const float2 sums{exchange(low_[0], high_[1], high_[0], low_[1]),
-                      exchange(low_[2], high_[3], high_[2], low_[3])};
-    const int n = lane / 8 * 4 + (second ? 2 : 0);
-    *reinterpret_cast<float2*>(to + lane % 4 * ScanBwdShape::kStepProducts + n) = sums;
+    return {exchange(low_[0], high_[1], high_[0], low_[1]),
+            exchange(low_[2], high_[3], high_[2], low_[3])};
   }
+  __device__ static int first_state(int lane) { return lane / 8 * 4 + (lane & 4) / 2; }
 
  private:
   float low_[4] = {}, high_[4] = {};  // states 0 and 1, 2 and 3
 };
+
+// Keeps the compiler from computing a value again wherever it is used.
+__device__ __forceinline__ int kept(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 
 // One thread of the main pass.
 template <typename T, bool kAlongSteps>
@@ -110,51 +115,73 @@ struct ScanBwdRecurrence : ScanBwdStates<kAlongSteps> {
   static constexpr int kStates = Shape::kStates, kSpan = Shape::kSpan;
 
   const ScanBwdMemory memory;
+  // Where in shared memory the thread's are: its channel's steps, its states' coefficients, its
+  // states at the beginning of a span, and the sums that it leaves in their place.
+  const int row_at, coefficients_at, start_at, sums_at;
   float dh[kStates];  // of the states before the steps done, from these
   float dA[kStates] = {};
 
   __device__ ScanBwdRecurrence(const ScanBwdBlock& block, const ScanBwdMemory& memory)
-      : States(block), memory(memory) {}
+      : States(block),
+        memory(memory),
+        row_at(kept(memory.offset(memory.delta(row)))),
+        coefficients_at(kept(memory.offset(memory.coefficients(0, this->first_n)))),
+        start_at(kept(memory.offset(memory.start(warp, 0, lane)))),
+        sums_at(kept(memory.offset(memory.y(row, 0)) + quarter)) {}
 
   // Leaves the states before each span, h being those before the tile.
   __device__ __forceinline__ void find_starts(float (&h)[kStates], int spans) const {
+    float* start = memory.at(start_at);
+    const float* steps = memory.at(row_at);
+    const float* coefficients = memory.at(coefficients_at);
 #pragma unroll 1
-    for (int span = 0; span < spans; ++span) {
-      store_four(memory.start(warp, span, lane), {h[0], h[1], h[2], h[3]});
-      if (span + 1 == spans) break;
+    for (int span = 0;;) {
+      store_four(start, {h[0], h[1], h[2], h[3]});
+      if (++span == spans) break;
 #pragma unroll
       for (int t = 0; t < kSpan; t += 4) {
-        const int at = span * kSpan + t;
-        const Four dt = load_four(memory.delta(row) + at),
-                   dt_u = load_four(memory.delta_u(row) + at);
+        const Four dt = load_four(steps + t), dt_u = load_four(steps + Shape::kPlane + t);
 #pragma unroll
         for (int i = 0; i < kStates; ++i) {
-          const Four B = load_four(memory.coefficients(0, this->first_n + i) + at);
+          const Four B = load_four(coefficients + i * Shape::kRow + t);
 #pragma unroll
           for (int j = 0; j < 4; ++j)
             h[i] = exp2_approx(dt.value[j] * A[i]) * h[i] + dt_u.value[j] * B.value[j];
         }
       }
+      start += Shape::kSpanSlots;
+      steps += kSpan;
+      coefficients += kSpan;
     }
   }
 
-  // Goes over a span forward, and backward. Leaves y, the gradients of Δu and of Δ by way of the
-  // decay, and what the warp adds to dB and dC.
-  __device__ __forceinline__ void run_span(int span, float* products) {
-    float decay[kSpan][kStates], h[kSpan + 1][kStates];  // before each step and after the last
-    const Four start = load_four(memory.start(warp, span, lane));
+  // What a span adds to dB and dC, in fours of its steps.
+  struct Products {
+    float2 dB[kSpan / 4], dC[kSpan / 4];
+  };
+
+  // Goes over a span forward, and backward. Leaves y, and the gradients of Δu and of Δ by way of
+  // the decay.
+  template <bool kAgain>
+  __device__ __forceinline__ Products run_span(int span) {
+    float* const steps = memory.at(row_at + span * kSpan);
+    float* const own_step = steps + quarter;
+    const float* const Bs = memory.at(coefficients_at + span * kSpan);
+    const float* const Cs = Bs + Shape::kCoefficients;
+    float* const sums = memory.at(sums_at + span * Shape::kSpanSlots);
+    const Four start = load_four(memory.at(start_at + span * Shape::kSpanSlots));
     __syncwarp();  // all have read what is now overwritten
+    Products products;
+    float decay[kSpan][kStates], h[kSpan + 1][kStates];  // before each step and after the last
 #pragma unroll
     for (int i = 0; i < kStates; ++i) h[0][i] = start.value[i];
 #pragma unroll
     for (int t = 0; t < kSpan; t += 4) {
-      const int at = span * kSpan + t;
-      const Four dt = load_four(memory.delta(row) + at), dt_u = load_four(memory.delta_u(row) + at);
+      const Four dt = load_four(steps + t), dt_u = load_four(steps + Shape::kPlane + t);
       float y[4] = {};
 #pragma unroll
       for (int i = 0; i < kStates; ++i) {
-        const Four B = load_four(memory.coefficients(0, this->first_n + i) + at),
-                   C = load_four(memory.coefficients(1, this->first_n + i) + at);
+        const Four B = load_four(Bs + i * Shape::kRow + t), C = load_four(Cs + i * Shape::kRow + t);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           decay[t + j][i] = exp2_approx(dt.value[j] * A[i]);
@@ -162,39 +189,73 @@ struct ScanBwdRecurrence : ScanBwdStates<kAlongSteps> {
           y[j] += C.value[j] * h[t + j + 1][i];
         }
       }
-      const float dy = memory.dy(row)[at + quarter];
+      const float dy = prepare_factor<T>(own_step[2 * Shape::kPlane + t]);
       ChannelSums<T> dC;
       dC.template add<0>(h[t + 1], h[t + 2], dy, quarter);
       dC.template add<2>(h[t + 3], h[t + 4], dy, quarter);
-      dC.store(products + t * Shape::kStepProducts + Shape::kDstate, lane);
-      memory.y(row, at / 4)[quarter] = sum_over_quarters(y, quarter);
+      products.dC[t / 4] = dC.sums(lane);
+      sums[t * Shape::kWarpD] = sum_over_quarters(y, quarter);
     }
 #pragma unroll
     for (int t = kSpan - 4; t >= 0; t -= 4) {
-      const int at = span * kSpan + t;
-      const Four dt = load_four(memory.delta(row) + at), dy = load_four(memory.dy(row) + at);
+      const Four dt = load_four(steps + t), dy = load_four(steps + 2 * Shape::kPlane + t);
       float of_step[4][kStates], dx[4] = {}, by_decay[4] = {};
 #pragma unroll
       for (int i = 0; i < kStates; ++i) {
-        const Four B = load_four(memory.coefficients(0, this->first_n + i) + at),
-                   C = load_four(memory.coefficients(1, this->first_n + i) + at);
+        const Four B = load_four(Bs + i * Shape::kRow + t), C = load_four(Cs + i * Shape::kRow + t);
 #pragma unroll
         for (int j = 3; j >= 0; --j) {
           of_step[j][i] = dh[i] + dy.value[j] * C.value[j];
           dx[j] += of_step[j][i] * B.value[j];
-          dh[i] = decay[t + j][i] * of_step[j][i];
+          dh[i] = (kAgain ? exp2_approx(dt.value[j] * A[i]) : decay[t + j][i]) * of_step[j][i];
           const float q = dh[i] * h[t + j][i];
           dA[i] += dt.value[j] * q;
           by_decay[j] += q * A[i];
         }
       }
-      float* const dt_u = memory.delta_u(row) + at + quarter;
+      float* const dt_u = own_step + Shape::kPlane + t;
+      const float factor = prepare_factor<T>(*dt_u);
       ChannelSums<T> dB;
-      dB.template add<0>(of_step[0], of_step[1], *dt_u, quarter);
-      dB.template add<2>(of_step[2], of_step[3], *dt_u, quarter);
-      dB.store(products + t * Shape::kStepProducts, lane);
-      memory.dx(row, at / 4)[quarter] = sum_over_quarters(dx, quarter);
+      dB.template add<0>(of_step[0], of_step[1], factor, quarter);
+      dB.template add<2>(of_step[2], of_step[3], factor, quarter);
+      products.dB[t / 4] = dB.sums(lane);
+      sums[Shape::kSpanSlots / 2 + t * Shape::kWarpD] = sum_over_quarters(dx, quarter);
       *dt_u = sum_over_quarters(by_decay, quarter);
+    }
+    return products;
+  }
+
+  // Adds a span's products to those of the warps before this one; the last warp stores them, the
+  // first `steps` of them, to (steps, 2, kDstate). So sums are in a fixed order, and no warp waits
+  // for one after it.
+  __device__ __forceinline__ void add_products(Products& products, int span, unsigned phases,
+                                               float* to, int steps) const {
+    float* const sums = memory.products(span, lane);
+    if (warp > 0) {
+      memory.added(span, warp - 1)->wait(phases >> span & 1);
+      const Four dB = load_four(sums), dC = load_four(sums + 4);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        products.dB[i].x += dB.value[2 * i];
+        products.dB[i].y += dB.value[2 * i + 1];
+        products.dC[i].x += dC.value[2 * i];
+        products.dC[i].y += dC.value[2 * i + 1];
+      }
+    }
+    if (warp < Shape::kWarps - 1) {
+      store_four(sums, {products.dB[0].x, products.dB[0].y, products.dB[1].x, products.dB[1].y});
+      store_four(sums + 4,
+                 {products.dC[0].x, products.dC[0].y, products.dC[1].x, products.dC[1].y});
+      memory.added(span, warp)->arrive();
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kSpan / 4; ++i) {
+      const int step = 4 * i + lane % 4;
+      if (step >= steps) break;
+      float* const at = to + step * 2 * Shape::kDstate + ChannelSums<T>::first_state(lane);
+      *reinterpret_cast<float2*>(at) = products.dB[i];
+      *reinterpret_cast<float2*>(at + Shape::kDstate) = products.dC[i];
     }
   }
 };

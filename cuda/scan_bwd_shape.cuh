@@ -1,6 +1,7 @@
 // How scan_bwd_kernel.cuh cuts its work, and what its parts share.
 #pragma once
 
+#include "device/arrival.cuh"
 #include "scan_bwd_plan.h"
 #include "scan_shape.cuh"
 
@@ -16,17 +17,16 @@ __device__ __forceinline__ int64_t pieces_of(int64_t n, int64_t size) {
 struct ScanBwdShape {
   static constexpr int kBlockD = kScanBwdBlockD, kTile = kScanBwdTile, kSpan = 8;
   static constexpr int kDstate = 16, kStates = 4;  // at most, and of a thread
-  static constexpr int kWarpD = 8, kThreads = 256, kWarps = kThreads / 32;
-  static_assert(kWarps * kWarpD == kBlockD && kThreads == kSpan * 2 * kDstate);
+  static constexpr int kWarpD = 8, kWarps = kBlockD / kWarpD, kThreads = 32 * kWarps;
 
   // Floats in shared memory: planes of channels by steps, B and C as states by steps. The padding
   // keeps threads that read fours together in different banks.
   static constexpr int kRow = kTile + 4, kPlane = kBlockD * kRow;
   static constexpr int kCoefficients = kDstate * kRow;
   // Of a warp and span: four floats of each thread.
-  static constexpr int kSpanSlots = 4 * 32, kSlots = kTile / kSpan * kSpanSlots;
-  // What a warp adds to dB and dC in a step, and of a span.
-  static constexpr int kStepProducts = 2 * kDstate + 8, kProducts = kSpan * kStepProducts;
+  static constexpr int kSpans = kTile / kSpan, kSpanSlots = 4 * 32, kSlots = kSpans * kSpanSlots;
+  // What is added to dB and dC in a span.
+  static constexpr int kProducts = kSpan * 2 * kDstate;
 
   // The channel of the block that row `r` of a plane holds. Where a piece has two channels, these
   // are half the rows apart.
@@ -40,6 +40,9 @@ struct ScanBwdShape {
 class ScanBwdMemory : ScanBwdShape {
  public:
   __device__ explicit ScanBwdMemory(float* memory) : memory_(memory) {}
+
+  __device__ int offset(const float* at) const { return static_cast<int>(at - memory_); }
+  __device__ float* at(int offset) const { return memory_ + offset; }
 
   // Row r of a plane. The gradient of Δ by way of the decay takes the place of Δu.
   __device__ float* delta(int r) const { return memory_ + r * kRow; }
@@ -61,13 +64,17 @@ class ScanBwdMemory : ScanBwdShape {
   __device__ float* dx(int r, int four) const {
     return start(r / kWarpD, four / 2, r % kWarpD + kWarpD * (2 + four % 2));
   }
-  // Two sets, which take turns.
-  __device__ float* products(int set, int warp) const {
-    return memory_ + 3 * kPlane + 2 * kCoefficients + kWarps * kSlots +
-           (set * kWarps + warp) * kProducts;
+  // What the warps so far have added to dB and dC in a span: eight floats of each thread.
+  __device__ float* products(int span, int lane) const {
+    return memory_ + 3 * kPlane + 2 * kCoefficients + kWarps * kSlots + span * kProducts + 8 * lane;
+  }
+  // That a warp, but for the last, has added to them.
+  __device__ Arrival* added(int span, int warp) const {
+    return reinterpret_cast<Arrival*>(products(kSpans, 0)) + span * (kWarps - 1) + warp;
   }
   static constexpr size_t kBytes =
-      sizeof(float) * (3 * kPlane + 2 * kCoefficients + kWarps * (kSlots + 2 * kProducts));
+      sizeof(float) * (3 * kPlane + 2 * kCoefficients + kWarps * kSlots + kSpans * kProducts) +
+      sizeof(Arrival) * kSpans * (kWarps - 1);
   // Without starts and products.
   static constexpr size_t kBytesOfStates = sizeof(float) * (3 * kPlane + 2 * kCoefficients);
 

@@ -21,24 +21,23 @@ __device__ __forceinline__ void stage_coefficients(const ScanBwdBlock& block,
   using Piece = typename Input::Piece;
   constexpr int kOperands = kUse == ScanBwdUse::all ? 2 : 1;
   using Cut = PieceCut<Piece, kOperands * Shape::kDstate, Shape::kTile, Shape::kThreads>;
-  static_assert(Cut::kOwn == 1);
-  const int thread = static_cast<int>(threadIdx.x);
-  if (thread >= Cut::kPieces) return;
   const SelectiveScanFwdParams& p = block.p.fwd;
-  const int row = Cut::row(thread), step = Cut::step(thread), n = row % Shape::kDstate;
-  const int which = kUse == ScanBwdUse::gradients ? 1 : row / Shape::kDstate;
-  const Strided<4>& operand = which == 0 ? p.B : p.C;
   const int64_t group = block.head / (p.nheads / p.ngroups);
-  const Input from{block.at<const T>(operand, group, n, t + step), operand.stride[2],
-                   operand.stride[3]};
-  const bool is_whole = p.dstate == Shape::kDstate && steps == Shape::kTile && from.is_aligned();
-  const Piece piece =
-      is_whole ? from.load()
-               : Input::load_some(from, 0, 0, static_cast<int>(p.dstate) - n, steps - step);
+  for (int i = static_cast<int>(threadIdx.x); i < Cut::kPieces; i += Shape::kThreads) {
+    const int row = Cut::row(i), step = Cut::step(i), n = row % Shape::kDstate;
+    const int which = kUse == ScanBwdUse::gradients ? 1 : row / Shape::kDstate;
+    const Strided<4>& operand = which == 0 ? p.B : p.C;
+    const Input from{block.at<const T>(operand, group, n, t + step), operand.stride[2],
+                     operand.stride[3]};
+    const bool is_whole = p.dstate == Shape::kDstate && steps == Shape::kTile && from.is_aligned();
+    const Piece piece =
+        is_whole ? from.load()
+                 : Input::load_some(from, 0, 0, static_cast<int>(p.dstate) - n, steps - step);
 #pragma unroll
-  for (int four = 0; four < 2; ++four)
-    store_four(memory.coefficients(which, n + Piece::row(four)) + step + Piece::step(four, 0),
-               {piece.get(four, 0), piece.get(four, 1), piece.get(four, 2), piece.get(four, 3)});
+    for (int four = 0; four < 2; ++four)
+      store_four(memory.coefficients(which, n + Piece::row(four)) + step + Piece::step(four, 0),
+                 {piece.get(four, 0), piece.get(four, 1), piece.get(four, 2), piece.get(four, 3)});
+  }
 }
 
 // One thread: two pieces of a tile.

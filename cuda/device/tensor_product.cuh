@@ -19,42 +19,38 @@ __device__ __forceinline__ void multiply_tf32(float (&sum)[4], const uint32_t (&
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-__device__ __forceinline__ uint32_t round_to_tf32(float value) {
-  uint32_t rounded;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(value));
-  return rounded;
+// The part of a factor that TF32 holds.
+__device__ __forceinline__ uint32_t cut_to_tf32(float value) {
+  return __float_as_uint(value) & 0xffffe000u;
 }
 
-// The same as accurately as results of T ask for: bfloat16 bears the cut, float16 rounding; for
-// float32 the factors are split into what TF32 holds and the rest.
+// A factor `b` as add_product() wants it. For bfloat16 it is rounded, and longer by the half unit
+// by which `a` is cut short on average.
+template <typename T>
+__device__ __forceinline__ float prepare_factor(float b) {
+  if constexpr (!std::is_same_v<T, bfloat16>) return b;
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(b * (1 + 0x1p-11f)));
+  return __uint_as_float(rounded);
+}
+
+// The same as accurately as results of T ask for: all but bfloat16 have the factors split into what
+// TF32 holds and the rest.
 template <typename T>
 __device__ __forceinline__ void add_product(float (&sum)[4], const float (&a)[4],
                                             const float (&b)[2]) {
+  constexpr bool kSplit = !std::is_same_v<T, bfloat16>;
   uint32_t high_a[4], high_b[2];
-  if constexpr (std::is_same_v<T, float16>) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) high_a[i] = round_to_tf32(a[i]);
+  for (int i = 0; i < 4; ++i) high_a[i] = kSplit ? cut_to_tf32(a[i]) : __float_as_uint(a[i]);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) high_b[i] = round_to_tf32(b[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) high_a[i] = __float_as_uint(a[i]);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) high_b[i] = __float_as_uint(b[i]);
-  }
-  if constexpr (std::is_same_v<T, float>) {
-    const auto cut = [](uint32_t bits) { return bits & 0xffffe000u; };
+  for (int i = 0; i < 2; ++i) high_b[i] = kSplit ? cut_to_tf32(b[i]) : __float_as_uint(b[i]);
+  if constexpr (kSplit) {
     uint32_t low_a[4], low_b[2];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      high_a[i] = cut(high_a[i]);
-      low_a[i] = __float_as_uint(a[i] - __uint_as_float(high_a[i]));
-    }
+    for (int i = 0; i < 4; ++i) low_a[i] = __float_as_uint(a[i] - __uint_as_float(high_a[i]));
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      high_b[i] = cut(high_b[i]);
-      low_b[i] = __float_as_uint(b[i] - __uint_as_float(high_b[i]));
-    }
+    for (int i = 0; i < 2; ++i) low_b[i] = __float_as_uint(b[i] - __uint_as_float(high_b[i]));
     multiply_tf32(sum, low_a, high_b);
     multiply_tf32(sum, high_a, low_b);
   }
