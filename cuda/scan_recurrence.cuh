@@ -52,7 +52,7 @@ struct ScanRecurrence {
   __device__ __forceinline__ void run() {
     load_initial_state();
     float sum[kChannels] = {}, lost[kChannels] = {};  // Σ Δ
-    int64_t chunk = p.chunk_states.data ? first_chunk() : 0;
+    int64_t chunk = p.chunk_states.data ? first_chunk_of_row(p, block.row_index) : 0;
     Tiles tiles = block.tiles();
     int steps = tiles.next<Shape::kBlockL>();
     if (steps > 0) scan_barrier<Shape::kThreads>();
@@ -141,20 +141,6 @@ struct ScanRecurrence {
     for_each_state([&](int c, int s) {
       if (exists(c, s)) to[(block.first_d + channel(c)) * stride_d + state(s) * stride_n] = h[c][s];
     });
-  }
-
-  // The row's first entry in chunk_states. Packed rows follow one another: each lane of a warp
-  // counts for some of the rows before.
-  __device__ int64_t first_chunk() const {
-    if (!p.cu_seqlens.data) return 0;
-    int64_t chunks = 0;
-    for (int64_t i = threadIdx.x % 32; i < block.row_index; i += 32) {
-      const int64_t length = index_at(p.cu_seqlens, i + 1) - index_at(p.cu_seqlens, i);
-      if (length > 0) chunks += (length - 1) / p.chunk_size + 1;
-    }
-#pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) chunks += __shfl_xor_sync(~0u, chunks, lanes);
-    return chunks;
   }
 
   // Four steps of a tile, as they lie in shared memory.
