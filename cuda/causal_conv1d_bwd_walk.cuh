@@ -97,15 +97,16 @@ class CausalConv1dWalk {
     // Steps to see, and those of them whose inputs are this tile's. An input leaves the window
     // kHistory steps after its own.
     const int count = static_cast<int>(to - from), own = static_cast<int>(inputs_end - from);
+    // The first inputs' gradients are stored as they are.
     const int64_t plain_end = min(inputs_end, sequence.first_kept());
     const int plain = plan.dx_vectors ? static_cast<int>(max(plain_end - from, int64_t{0})) : 0;
-    const bool has_states = p.fwd.slots > 0 && sequence.begin >= begin;
-    const bool anyhow = p.fwd.seq_idx.data || plain == 0;
-    const int fast_begin = has_states ? min(kHistory, count) : 0;
-    const int fast_end =
-        anyhow ? fast_begin : max(plain == own ? count : min(count, plain + kHistory), fast_begin);
-    const int first =
-        sequence.begin >= begin ? kHistory - static_cast<int>(p.fwd.width - 1) : kHistory;
+    const bool begins = sequence.begin >= begin;
+    const int fast_begin = begins && p.fwd.slots > 0 ? min(kHistory, count) : 0;
+    int fast_end = fast_begin;
+    if (plain > 0 && !p.fwd.seq_idx.data)
+      fast_end = max(plain == own ? count : min(count, plain + kHistory), fast_begin);
+    // The first step after which an input leaves that is this tile's, or of a state that is.
+    const int first = begins ? kHistory - static_cast<int>(p.fwd.width - 1) : kHistory;
     walk_slowly(batch, sequence, from, 0, fast_begin, count, own, first);
     walk_fast(batch, from, fast_begin, fast_end, own, plain);
     walk_slowly(batch, sequence, from, fast_end, max(count, own + kHistory), count, own, first);
