@@ -165,18 +165,10 @@ struct ScanRecurrence {
     });
   }
 
-  // The row's first entry in chunk_states. Packed rows follow one another: each lane of a warp
-  // counts for some of the rows before.
+  // The first entry in chunk_states.
   __device__ int64_t first_chunk() const {
-    if (!p.cu_seqlens.data) return block.part * block.parts.length / p.chunk_size;
-    int64_t chunks = 0;
-    for (int64_t i = threadIdx.x % 32; i < block.row_index; i += 32) {
-      const int64_t length = index_at(p.cu_seqlens, i + 1) - index_at(p.cu_seqlens, i);
-      if (length > 0) chunks += (length - 1) / p.chunk_size + 1;
-    }
-#pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) chunks += __shfl_xor_sync(~0u, chunks, lanes);
-    return chunks;
+    return block.parts.count > 1 ? block.row.begin / p.chunk_size
+                                 : first_chunk_of_row(p, block.row_index);
   }
 
   // Four steps of a tile, as they lie in shared memory.

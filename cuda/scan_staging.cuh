@@ -8,22 +8,6 @@
 
 namespace ssmcore::cuda {
 
-// How kRows rows of a tile are cut into pieces: a thread's are `thread`, thread + kThreads, … .
-// Eight neighbouring pieces have eight rows, whose fours lie in different banks.
-template <typename Piece, int kRows, int kBlockL, int kThreads>
-struct PieceCut {
-  static constexpr int kAcross = kRows / Piece::kRows, kAlong = kBlockL / Piece::kSteps;
-  static constexpr int kPieces = kAcross * kAlong, kOwn = (kPieces + kThreads - 1) / kThreads;
-  static_assert(kPieces < kThreads || kPieces % kThreads == 0);
-
-  __device__ static constexpr int row(int piece) {
-    return Piece::kRows == 1 ? piece / (8 * kAlong) * 8 + piece % 8 : piece % kAcross * 2;
-  }
-  __device__ static constexpr int step(int piece) {
-    return (Piece::kRows == 1 ? piece / 8 % kAlong : piece / kAcross) * Piece::kSteps;
-  }
-};
-
 // u, Δ, z and out. With kVectors all pieces of whole tiles are aligned. Without kOutputs: for the
 // states only, from the last tile of a part to the first.
 template <typename T, typename Shape, bool kAlongSteps, bool kVectors, bool kOutputs>

@@ -57,7 +57,7 @@ SelectiveScanFwdParams make_scan_params(const SelectiveScanFwdArgs& heads, int64
   params.ngroups = ngroups;
   params.slots = heads.initial_state ? heads.initial_state.shape[0]
                  : heads.last_state  ? heads.last_state.shape[0]
-                                     : 0;
+                                     : INT64_MAX;
   params.chunks = heads.chunk_states ? heads.chunk_states.shape[1] : 0;
   params.chunk_size = heads.chunk_size;
   params.delta_softplus = heads.delta_softplus;

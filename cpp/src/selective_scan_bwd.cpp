@@ -62,6 +62,7 @@ SelectiveScanBwdParams lower(const SelectiveScanBwdArgs& args, const Context& co
   const int64_t nheads = is.ngroups;
   SelectiveScanBwdParams params{};
   params.fwd = make_scan_params(split_heads(fwd, nheads), nheads);
+  if (any_state) params.fwd.slots = any_state.shape[0];
   params.ngroups_B = is.ngroups_B;
   params.ngroups_C = is.ngroups_C;
   const auto split = [&](const Gradient& gradient, int dim) {

@@ -14,7 +14,7 @@ struct SelectiveScanFwdParams {
   bool complex;  // A, constant B and C and states are complex64; B and C hold pairs
   int64_t rows;  // sequences, packed or not
   int64_t seqlen, nheads, headdim, dstate, ngroups, chunk_size;
-  int64_t slots, chunks;  // that the states and chunk_states have room for
+  int64_t slots, chunks;  // that the states (where there are any) and chunk_states have room for
   bool delta_softplus;
 
   Strided<4> u, delta, z, out;  // (batch, nheads, headdim, seqlen)

@@ -1,9 +1,9 @@
-// Elementary functions in float32, as accurate as the results ask for.
+// Elementary functions, in float32 as accurate as the results ask for.
 #pragma once
 
 namespace ssmcore::cuda {
 
-inline constexpr float kLog2e = 1.4426950408889634f;
+inline constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // 2^x to 2 units in the last place; results below 2^-126 are 0.
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -33,8 +33,31 @@ __device__ __forceinline__ float softplus(float x) {
   return y * e + fmaxf(x, 0.0f);
 }
 
+__device__ __forceinline__ float sigmoid(float x) {
+  return reciprocal_approx(1.0f + exp2_approx(-x * kLog2e));
+}
+
 __device__ __forceinline__ float silu(float x) {
-  return x * reciprocal_approx(1.0f + exp2_approx(-x * kLog2e));
+  return x * sigmoid(x);
+}
+
+// The derivative of silu.
+__device__ __forceinline__ float silu_slope(float x) {
+  const float s = sigmoid(x);
+  return s * (1.0f + x * (1.0f - s));
+}
+
+// The same in float64, for checking.
+__device__ inline double softplus(double x) {
+  return x > 20 ? x : log1p(exp(x));
+}
+
+__device__ inline double sigmoid(double x) {
+  return 1 / (1 + exp(-x));
+}
+
+__device__ inline double silu(double x) {
+  return x * sigmoid(x);
 }
 
 }  // namespace ssmcore::cuda
