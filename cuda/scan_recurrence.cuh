@@ -12,7 +12,7 @@ struct DeltaSum {
 
   __device__ __forceinline__ void add(float more) {
     const float added = more - lost, after = value + added;
-    lost = (after - value) - added;
+    lost = isinf(after) ? 0.0f : (after - value) - added;
     value = after;
   }
 };
