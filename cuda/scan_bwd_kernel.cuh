@@ -32,7 +32,7 @@ __device__ __forceinline__ float* products_at(const ScanBwdBlock& block, const S
                         ScanBwdShape::kDstate;
 }
 
-template <typename T, bool kAlongSteps, bool kAgain>
+template <typename T, bool kAlongSteps>
 __global__ void __launch_bounds__(ScanBwdShape::kThreads, 2)
     selective_scan_varying_bwd_kernel(const __grid_constant__ SelectiveScanBwdParams p,
                                       const __grid_constant__ ScanBwdPlan plan,
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(ScanBwdShape::kThreads, 2)
       float* const products = products_at(block, plan, workspace.products, t);
 #pragma unroll 1
       for (int span = spans - 1; span >= 0; --span) {
-        auto of_span = recurrence.template run_span<kAgain>(span);
+        auto of_span = recurrence.run_span(span);
         if (workspace.products)
           recurrence.add_products(of_span, span, phases,
                                   products + span * Shape::kSpan * 2 * Shape::kDstate,
