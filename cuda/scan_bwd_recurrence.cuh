@@ -121,9 +121,9 @@ struct ScanBwdRecurrence : ScanBwdStates<kAlongSteps> {
   float dh[kStates];  // of the states before the steps done, from these
   float dA[kStates] = {};
 
-  __device__ ScanBwdRecurrence(const ScanBwdBlock& block, const ScanBwdMemory& memory)
+  explicit __device__ ScanBwdRecurrence(const ScanBwdBlock& block)
       : States(block),
-        memory(memory),
+        memory(block.memory),
         row_at(kept(memory.offset(memory.delta(row)))),
         coefficients_at(kept(memory.offset(memory.coefficients(0, this->first_n)))),
         start_at(kept(memory.offset(memory.start(warp, 0, lane)))),
