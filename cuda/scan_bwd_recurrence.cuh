@@ -117,7 +117,7 @@ struct ScanBwdRecurrence : ScanBwdStates<kAlongSteps> {
   const ScanBwdMemory memory;
   // Where in shared memory the thread's are: its channel's steps, its states' coefficients, its
   // states at the beginning of a span, and the sums that it leaves in their place.
-  const int row_at, coefficients_at, start_at, sums_at;
+  const int row_at, coefficients_at, sums_at;
   float dh[kStates];  // of the states before the steps done, from these
   float dA[kStates] = {};
 
@@ -126,12 +126,13 @@ struct ScanBwdRecurrence : ScanBwdStates<kAlongSteps> {
         memory(block.memory),
         row_at(kept(memory.offset(memory.delta(row)))),
         coefficients_at(kept(memory.offset(memory.coefficients(0, this->first_n)))),
-        start_at(kept(memory.offset(memory.start(warp, 0, lane)))),
         sums_at(kept(memory.offset(memory.y(row, 0)) + quarter)) {}
+
+  __device__ int start_at() const { return sums_at + (4 * Shape::kWarpD - 1) * quarter; }
 
   // Leaves the states before each span, h being those before the tile.
   __device__ __forceinline__ void find_starts(float (&h)[kStates], int spans) const {
-    float* start = memory.at(start_at);
+    float* start = memory.at(start_at());
     const float* steps = memory.at(row_at);
     const float* coefficients = memory.at(coefficients_at);
 #pragma unroll 1
@@ -168,10 +169,10 @@ struct ScanBwdRecurrence : ScanBwdStates<kAlongSteps> {
     const float* const Bs = memory.at(coefficients_at + span * kSpan);
     const float* const Cs = Bs + Shape::kCoefficients;
     float* const sums = memory.at(sums_at + span * Shape::kSpanSlots);
-    const Four start = load_four(memory.at(start_at + span * Shape::kSpanSlots));
+    const Four start = load_four(memory.at(start_at() + span * Shape::kSpanSlots));
     __syncwarp();  // all have read what is now overwritten
     Products products;
-    float h[kSpan + 1][kStates];  // before each step and after the last
+    float decay[kSpan][kStates], h[kSpan + 1][kStates];  // before each step and after the last
 #pragma unroll
     for (int i = 0; i < kStates; ++i) h[0][i] = start.value[i];
 #pragma unroll
@@ -183,8 +184,8 @@ struct ScanBwdRecurrence : ScanBwdStates<kAlongSteps> {
         const Four B = load_four(Bs + i * Shape::kRow + t), C = load_four(Cs + i * Shape::kRow + t);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          h[t + j + 1][i] =
-              exp2_approx(dt.value[j] * A[i]) * h[t + j][i] + dt_u.value[j] * B.value[j];
+          decay[t + j][i] = exp2_approx(dt.value[j] * A[i]);
+          h[t + j + 1][i] = decay[t + j][i] * h[t + j][i] + dt_u.value[j] * B.value[j];
           y[j] += C.value[j] * h[t + j + 1][i];
         }
       }
@@ -206,7 +207,7 @@ struct ScanBwdRecurrence : ScanBwdStates<kAlongSteps> {
         for (int j = 3; j >= 0; --j) {
           of_step[j][i] = dh[i] + dy.value[j] * C.value[j];
           dx[j] += of_step[j][i] * B.value[j];
-          dh[i] = exp2_approx(dt.value[j] * A[i]) * of_step[j][i];
+          dh[i] = (t < 4 ? exp2_approx(dt.value[j] * A[i]) : decay[t + j][i]) * of_step[j][i];
           const float q = dh[i] * h[t + j][i];
           dA[i] += dt.value[j] * q;
           by_decay[j] += q * A[i];
