@@ -112,172 +112,162 @@ struct ScanBwdTile {
     tile.template finish_pieces<false>();
   }
 
+  // At piece i.
   template <typename Pointer>
   __device__ __forceinline__ Cursor<Pointer, kAlongSteps> cursor(Operand operand,
-                                                                 const Strided<4>& strides) const {
+                                                                 const Strided<4>& strides,
+                                                                 int i) const {
     Pointer* const row = static_cast<Pointer*>(strides.data) + memory.row_at(operand);
-    return {row + d() * strides.stride[2] + (t + step()) * strides.stride[3], strides.stride[2],
-            strides.stride[3]};
+    return {row + (d() + i * kNextRow) * strides.stride[2] +
+                (t + step() + i * kNextStep) * strides.stride[3],
+            strides.stride[2], strides.stride[3]};
   }
-  // A thread's pieces of an operand. A whole tile's are moved as vectors.
+  __device__ __forceinline__ int rows_left(int i) const { return channels - d() - i * kNextRow; }
+  __device__ __forceinline__ int steps_left(int i) const { return steps - step() - i * kNextStep; }
+
+  // Those of whole tiles are moved as vectors.
   template <bool kWhole>
-  __device__ __forceinline__ void load(Piece (&pieces)[kOwn], Operand operand,
-                                       const Strided<4>& strides) const {
+  __device__ __forceinline__ Piece load(Operand operand, const Strided<4>& strides, int i) const {
     using Input = Cursor<const T, kAlongSteps>;
-    Input input = cursor<const T>(operand, strides);
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      const int rows_left = channels - d() - i * kNextRow;
-      if constexpr (kWhole)
-        pieces[i] = rows_left > 0 ? input.load() : Piece{};
-      else
-        pieces[i] = Input::load_some(input, 0, 0, rows_left, steps - step() - i * kNextStep);
-      input.at += kNextRow * input.stride_row + kNextStep * input.stride_t;
-    }
+    const Input from = cursor<const T>(operand, strides, i);
+    if constexpr (kWhole)
+      return rows_left(i) > 0 ? from.load() : Piece{};
+    else
+      return Input::load_some(from, 0, 0, rows_left(i), steps_left(i));
   }
   template <bool kWhole>
-  __device__ __forceinline__ void store(Operand operand, const StridedGradient<4>& gradient,
-                                        float (&value)[kOwn][8]) const {
+  __device__ __forceinline__ void store(Operand operand, const StridedGradient<4>& gradient, int i,
+                                        float (&value)[8]) const {
     using Output = Cursor<T, kAlongSteps>;
     if (!gradient.data) return;
     if (gradient.accumulate) {
-      Piece before[kOwn];
-      load<kWhole>(before, operand, gradient);
-      for_each_element([&](int i, int j) { value[i][j] += before[i].get(j / 4, j % 4); });
+      const Piece before = load<kWhole>(operand, gradient, i);
+      for_each([&](int j) { value[j] += before.get(j / 4, j % 4); });
     }
-    Output output = cursor<T>(operand, gradient);
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      float in_order[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) in_order[Piece::index(j / 4, j % 4)] = value[i][j];
-      Piece piece;
-      piece.set(in_order);
-      const int rows_left = channels - d() - i * kNextRow;
-      if constexpr (kWhole) {
-        if (rows_left > 0) output.store(0, 0, piece);
-      } else {
-        Output::store_some(output, 0, 0, rows_left, steps - step() - i * kNextStep, piece);
-      }
-      output.at += kNextRow * output.stride_row + kNextStep * output.stride_t;
+    float in_order[8];
+    for_each([&](int j) { in_order[Piece::index(j / 4, j % 4)] = value[j]; });
+    Piece piece;
+    piece.set(in_order);
+    const Output to = cursor<T>(operand, gradient, i);
+    if constexpr (kWhole) {
+      if (rows_left(i) > 0) to.store(0, 0, piece);
+    } else {
+      Output::store_some(to, 0, 0, rows_left(i), steps_left(i), piece);
     }
   }
 
   template <ScanBwdUse kUse, bool kWhole>
   __device__ __forceinline__ void stage_pieces() const {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) stage_piece<kUse, kWhole>(i);
+  }
+  template <ScanBwdUse kUse, bool kWhole>
+  __device__ __forceinline__ void stage_piece(int i) const {
     constexpr bool kInputs = kUse != ScanBwdUse::gradients, kOutputs = kUse != ScanBwdUse::states;
     const SelectiveScanFwdParams& fwd = p.fwd;
-    Piece delta_t[kOwn], u_t[kOwn], z_t[kOwn], dout_t[kOwn];
-    load<kWhole>(delta_t, Operand::delta, fwd.delta);
-    if (kInputs) load<kWhole>(u_t, Operand::u, fwd.u);
-    if (kOutputs && fwd.z.data) load<kWhole>(z_t, Operand::z, fwd.z);
-    if (kOutputs) load<kWhole>(dout_t, Operand::dout, p.dout);
-    float value[kOwn][8];
-    for_each_element([&](int i, int j) {
-      value[i][j] = delta_t[i].get(j / 4, j % 4) + memory.bias(own_channel(own(i, j / 4)));
+    const Piece delta = load<kWhole>(Operand::delta, fwd.delta, i);
+    Piece u, z, dout;
+    if (kInputs) u = load<kWhole>(Operand::u, fwd.u, i);
+    if (kOutputs && fwd.z.data) z = load<kWhole>(Operand::z, fwd.z, i);
+    if (kOutputs) dout = load<kWhole>(Operand::dout, p.dout, i);
+    float value[8];
+    for_each([&](int j) {
+      value[j] = delta.get(j / 4, j % 4) + memory.bias(own_channel(own(i, j / 4)));
     });
-    if (fwd.delta_softplus)
-      for_each_element([&](int i, int j) { value[i][j] = softplus(value[i][j]); });
+    if (fwd.delta_softplus) for_each([&](int j) { value[j] = softplus(value[j]); });
     // What does not exist leaves the states as they are.
-    for_each_element([&](int i, int j) {
+    for_each([&](int j) {
       if (own_channel(own(i, j / 4)) >= channels || (!kWhole && step_of(i, j / 4) + j % 4 >= steps))
-        value[i][j] = 0;
+        value[j] = 0;
     });
-    store_plane(value, [&](int r) { return memory.delta(r); });
+    store_plane(value, i, [&](int r) { return memory.delta(r); });
     if (kInputs) {
-      for_each_element([&](int i, int j) { value[i][j] *= u_t[i].get(j / 4, j % 4); });
-      store_plane(value, [&](int r) { return memory.delta_u(r); });
+      for_each([&](int j) { value[j] *= u.get(j / 4, j % 4); });
+      store_plane(value, i, [&](int r) { return memory.delta_u(r); });
     }
     if (kOutputs) {
-      for_each_element([&](int i, int j) { value[i][j] = dout_t[i].get(j / 4, j % 4); });
-      if (fwd.z.data)
-        for_each_element([&](int i, int j) { value[i][j] *= silu(z_t[i].get(j / 4, j % 4)); });
-      store_plane(value, [&](int r) { return memory.dy(r); });
+      for_each([&](int j) { value[j] = dout.get(j / 4, j % 4); });
+      if (fwd.z.data) for_each([&](int j) { value[j] *= silu(z.get(j / 4, j % 4)); });
+      store_plane(value, i, [&](int r) { return memory.dy(r); });
     }
   }
 
   template <bool kWhole>
   __device__ __forceinline__ void finish_pieces() const {
-    const SelectiveScanFwdParams& fwd = p.fwd;
-    Piece delta_t[kOwn], u_t[kOwn], z_t[kOwn], dout_t[kOwn];
-    load<kWhole>(dout_t, Operand::dout, p.dout);
-    if (fwd.z.data) load<kWhole>(z_t, Operand::z, fwd.z);
-    load<kWhole>(u_t, Operand::u, fwd.u);
-    if (fwd.delta_softplus) load<kWhole>(delta_t, Operand::delta, fwd.delta);
-    float D[kChannels];
 #pragma unroll
-    for (int i = 0; i < kChannels; ++i) D[i] = memory.D(own_channel(i));
+    for (int i = 0; i < kOwn; ++i) finish_piece<kWhole>(i);
+  }
+  template <bool kWhole>
+  __device__ __forceinline__ void finish_piece(int i) const {
+    const SelectiveScanFwdParams& fwd = p.fwd;
+    const Piece dout = load<kWhole>(Operand::dout, p.dout, i);
+    Piece z, delta;
+    if (fwd.z.data) z = load<kWhole>(Operand::z, fwd.z, i);
+    const Piece u = load<kWhole>(Operand::u, fwd.u, i);
+    if (fwd.delta_softplus) delta = load<kWhole>(Operand::delta, fwd.delta, i);
+    const auto D = [&](int j) { return memory.D(own_channel(own(i, j / 4))); };
 
-    float dy[kOwn][8], value[kOwn][8];
-    for_each_element([&](int i, int j) { dy[i][j] = dout_t[i].get(j / 4, j % 4); });
+    float dy[8], dx[8], value[8];
+    for_each([&](int j) { dy[j] = dout.get(j / 4, j % 4); });
     if (fwd.z.data) {
-      load_plane(value, [&](int r, int at) { return memory.y(r, at / 4); });
-      for_each_element([&](int i, int j) {
-        const float y = value[i][j] + D[own(i, j / 4)] * u_t[i].get(j / 4, j % 4);
-        const float gate = z_t[i].get(j / 4, j % 4), opening = sigmoid(gate);
-        const float opened = dy[i][j] * opening;
-        dy[i][j] = opened * gate;
-        value[i][j] = y * (opened + dy[i][j] * (1.0f - opening));
+      load_plane(value, i, [&](int r, int at) { return memory.y(r, at / 4); });
+      for_each([&](int j) {
+        const float y = value[j] + D(j) * u.get(j / 4, j % 4);
+        const float gate = z.get(j / 4, j % 4), opening = sigmoid(gate);
+        const float opened = dy[j] * opening;
+        dy[j] = opened * gate;
+        value[j] = y * (opened + dy[j] * (1.0f - opening));
       });
-      store<kWhole>(Operand::dz, p.dz, value);
+      store<kWhole>(Operand::dz, p.dz, i, value);
     }
-    float dx[kOwn][8];
-    load_plane(dx, [&](int r, int at) { return memory.dx(r, at / 4); });
-    load_plane(value, [&](int r, int at) { return memory.delta(r) + at; });
-    for_each_element(
-        [&](int i, int j) { value[i][j] = value[i][j] * dx[i][j] + D[own(i, j / 4)] * dy[i][j]; });
-    store<kWhole>(Operand::du, p.du, value);
-    load_plane(value, [&](int r, int at) { return memory.delta_u(r) + at; });
-    for_each_element([&](int i, int j) {
-      const float u = u_t[i].get(j / 4, j % 4);
-      value[i][j] = u * dx[i][j] + kLn2 * value[i][j];
-      dy[i][j] *= u;
+    load_plane(dx, i, [&](int r, int at) { return memory.dx(r, at / 4); });
+    load_plane(value, i, [&](int r, int at) { return memory.delta(r) + at; });
+    for_each([&](int j) { value[j] = value[j] * dx[j] + D(j) * dy[j]; });
+    store<kWhole>(Operand::du, p.du, i, value);
+    load_plane(value, i, [&](int r, int at) { return memory.delta_u(r) + at; });
+    for_each([&](int j) {
+      value[j] = u.get(j / 4, j % 4) * dx[j] + kLn2 * value[j];
+      dy[j] *= u.get(j / 4, j % 4);
     });
     if (fwd.delta_softplus)
-      for_each_element([&](int i, int j) {
-        const float raw = delta_t[i].get(j / 4, j % 4) + memory.bias(own_channel(own(i, j / 4)));
-        value[i][j] *= raw > 20.0f ? 1.0f : sigmoid(raw);
+      for_each([&](int j) {
+        const float raw = delta.get(j / 4, j % 4) + memory.bias(own_channel(own(i, j / 4)));
+        value[j] *= raw > 20.0f ? 1.0f : sigmoid(raw);
       });
     float* const sums = memory.thread_sums();
     Four sum = load_four(sums);  // dD of both channels, and ddelta_bias
-    for_each_element([&](int i, int j) {
+    for_each([&](int j) {
       // Beyond the last step nothing was left in shared memory.
       if (!kWhole && step_of(i, j / 4) + j % 4 >= steps) return;
-      sum.value[own(i, j / 4)] += dy[i][j];
-      sum.value[kChannels + own(i, j / 4)] += value[i][j];
+      sum.value[own(i, j / 4)] += dy[j];
+      sum.value[kChannels + own(i, j / 4)] += value[j];
     });
     store_four(sums, sum);
-    store<kWhole>(Operand::ddelta, p.ddelta, value);
+    store<kWhole>(Operand::ddelta, p.ddelta, i, value);
   }
 
   template <typename Function>
-  __device__ __forceinline__ static void for_each_element(const Function& function) {
+  __device__ __forceinline__ static void for_each(const Function& function) {
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i)
-#pragma unroll
-      for (int j = 0; j < 8; ++j) function(i, j);
+    for (int j = 0; j < 8; ++j) function(j);
   }
   template <typename Row>
-  __device__ __forceinline__ static void store_plane(const float (&value)[kOwn][8],
+  __device__ __forceinline__ static void store_plane(const float (&value)[8], int i,
                                                      const Row& row_of) {
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i)
-#pragma unroll
-      for (int four = 0; four < 2; ++four) {
-        const float* of = value[i] + 4 * four;
-        store_four(row_of(row(i, four)) + step_of(i, four), {of[0], of[1], of[2], of[3]});
-      }
+    for (int four = 0; four < 2; ++four) {
+      const float* of = value + 4 * four;
+      store_four(row_of(row(i, four)) + step_of(i, four), {of[0], of[1], of[2], of[3]});
+    }
   }
   template <typename At>
-  __device__ __forceinline__ static void load_plane(float (&value)[kOwn][8], const At& at) {
+  __device__ __forceinline__ static void load_plane(float (&value)[8], int i, const At& at) {
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i)
+    for (int four = 0; four < 2; ++four) {
+      const Four of = load_four(at(row(i, four), step_of(i, four)));
 #pragma unroll
-      for (int four = 0; four < 2; ++four) {
-        const Four of = load_four(at(row(i, four), step_of(i, four)));
-#pragma unroll
-        for (int j = 0; j < 4; ++j) value[i][4 * four + j] = of.value[j];
-      }
+      for (int j = 0; j < 4; ++j) value[4 * four + j] = of.value[j];
+    }
   }
 };
 
