@@ -85,6 +85,9 @@ def works() -> list[Work]:
     for layout, upstream in ((L_FIRST, 0.098), (D_FIRST, 0.109)):
         name = "conv1d + SiLU, B8 D4096 L2048"
         result.append(Work(name, layout, convolution, sizes, upstream, 0.094))
+    for layout, upstream in ((L_FIRST, 0.270), (D_FIRST, 0.234)):
+        name = "conv1d + SiLU backward, B8 D4096 L2048"
+        result.append(Work(name, layout, convolution_backward, sizes, upstream, 0.150))
     sizes = {"batch": 256, "dim": 5120, "dstate": 16}
     for layout in (N_FIRST, D_FIRST):
         name = "state update, B256 D5120"
@@ -156,18 +159,36 @@ def scan_backward(layout: str, **sizes: Any) -> dict[str, Call]:
     return calls
 
 
-def convolution(layout: str, batch: int, dim: int, seqlen: int) -> dict[str, Call]:
+def convolution_inputs(layout: str, batch: int, dim: int, seqlen: int) -> list[torch.Tensor]:
+    """x, weight and bias."""
     dtype = torch.bfloat16
     if layout == L_FIRST:
         x = uniform(-1, 1, batch, dim, seqlen, dtype=dtype)
     else:
         x = uniform(-1, 1, batch, seqlen, dim, dtype=dtype).transpose(1, 2)
-    weight, bias = uniform(-1, 1, dim, 4, dtype=dtype), uniform(-1, 1, dim, dtype=dtype)
+    return [x, uniform(-1, 1, dim, 4, dtype=dtype), uniform(-1, 1, dim, dtype=dtype)]
+
+
+def convolution(layout: str, batch: int, dim: int, seqlen: int) -> dict[str, Call]:
+    x, weight, bias = convolution_inputs(layout, batch, dim, seqlen)
     calls = {"ssmcore": lambda: ssmcore.ops.causal_conv1d(x, weight, bias, "silu")}
     if importlib.util.find_spec("causal_conv1d"):
         from causal_conv1d import causal_conv1d_fn
 
         calls["upstream"] = lambda: causal_conv1d_fn(x, weight, bias, activation="silu")
+    return calls
+
+
+def convolution_backward(layout: str, batch: int, dim: int, seqlen: int) -> dict[str, Call]:
+    x, weight, bias = convolution_inputs(layout, batch, dim, seqlen)
+    dout = torch.empty_like(x).uniform_(-1, 1)
+    calls = {"ssmcore": lambda: ssmcore.ops.causal_conv1d_bwd(dout, x, weight, bias, "silu")}
+    if importlib.util.find_spec("causal_conv1d"):
+        from causal_conv1d.cpp_functions import causal_conv1d_bwd_function
+
+        calls["upstream"] = lambda: causal_conv1d_bwd_function(
+            x, weight, bias, dout, None, None, None, None, False, True
+        )
     return calls
 
 

@@ -13,13 +13,14 @@ namespace ssmcore::cuda {
 struct CublasLt {
   enum Status : int { kSuccess = 0 };
   enum ComputeType : int { kCompute32F = 68 };  // for float32 operands: no TF32
-  enum Transpose : int32_t { kTransposed = 1 };
+  enum Transpose : int32_t { kAsItIs = 0, kTransposed = 1 };
   enum Epilogue : int32_t { kAddBias = 4 };
   // How parts of a sum are added up. Both do so in a fixed order, in place in the type of the
   // output.
   enum ReductionScheme : uint32_t { kReductionInPlace = 1, kReductionInComputeType = 2 };
   enum class OperationAttribute : int {
     transpose_a = 3,
+    transpose_b = 4,
     epilogue = 7,
     bias_pointer = 8,
     bias_data_type = 26,

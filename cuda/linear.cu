@@ -19,16 +19,22 @@ bool has_few_rows(const LinearParams& p) {
 
 }  // namespace
 
+void multiply(const MatrixProduct& product, bool batch_invariant, const Exec& exec) {
+  if (LinearPlans::takes(product) &&
+      exec.context.cuda().linear_plans().run(product, batch_invariant, exec))
+    return;
+  launch_linear_tiled(product, exec);
+}
+
 size_t linear_workspace_size(const LinearParams& p, const Context&) {
-  return p.dtype == p.weight_dtype ? LinearPlans::workspace_size(p) : 0;
+  return LinearPlans::workspace_size(MatrixProduct::linear(p));
 }
 
 void linear(const LinearParams& p, const Exec& exec) {
   // Rows beyond the few would be summed in another order.
-  const bool may_stream = !exec.context.batch_invariant();
-  if (may_stream && has_few_rows(p) && launch_linear_few_rows(p, exec)) return;
-  if (p.dtype == p.weight_dtype && exec.context.cuda().linear_plans().run(p, exec)) return;
-  launch_linear_tiled(p, exec);
+  const bool batch_invariant = exec.context.batch_invariant();
+  if (!batch_invariant && has_few_rows(p) && launch_linear_few_rows(p, exec)) return;
+  multiply(MatrixProduct::linear(p), batch_invariant, exec);
 }
 
 }  // namespace ssmcore::cuda

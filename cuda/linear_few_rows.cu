@@ -3,6 +3,7 @@
 // where outputs are too few to fill the chip, several warps split in_features between them and add
 // up their parts in a fixed order. x is small and comes from the first-level cache, which the
 // weight bypasses.
+#include "any_type.cuh"
 #include "launch.h"
 #include "linear_kernels.h"
 #include "weight_stream.cuh"
@@ -12,6 +13,13 @@ namespace {
 
 constexpr int kMinWarps = 4;
 constexpr int kMaxWarps = 16;
+
+// Adds the bias to a sum, and stores it.
+__device__ __noinline__ void store_output(const LinearParams& p, int64_t row, int64_t output,
+                                          float sum) {
+  if (p.bias.data) sum += load_element(p.bias.data, p.bias_dtype, output * p.bias.stride[0]);
+  store_element(p.out.data, p.out_dtype, row * p.out.stride[0] + output * p.out.stride[1], sum);
+}
 
 // Blocks go through all rows before they go on to the next outputs, which are `split` warps' each.
 template <typename X, typename W, int kRows>

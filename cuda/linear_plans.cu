@@ -1,5 +1,5 @@
-// cuBLASLt counts down the columns: what it is asked for is outᵀ = weight xᵀ, where a row of ours
-// is a column.
+// cuBLASLt counts down the columns: what it is asked for is outᵀ = b aᵀ, where a row of ours is a
+// column.
 #include <algorithm>
 #include <optional>
 #include <string>
@@ -15,7 +15,7 @@ constexpr size_t kMaxWorkspaceBytes = size_t{32} << 20;
 constexpr size_t kMaxSplits = 16;  // of a sum that a small workspace has room for
 constexpr uintptr_t kWorkspaceAlignment = 256;
 constexpr size_t kMaxPlans = 4096;
-// On a batch-invariant context the algorithm is the one for this many rows.
+// Of a batch-invariant product the algorithm is the one for this many rows of a.
 constexpr int64_t kInvariantRows = 256;
 
 void check(const CublasLt& lt, CublasLt::Status status) {
@@ -40,52 +40,50 @@ int64_t alignment_of(int64_t n) {
   return n == 0 ? 16 : std::min<int64_t>(n & -n, 16);
 }
 
-// A matrix whose rows are contiguous.
-struct Matrix {
+// An operand as cuBLASLt sees it: `count` runs of `length` adjacent elements, `stride` apart.
+struct Runs {
   DType dtype;
-  int64_t rows, cols, stride;
-  int64_t alignment;  // of every row, and of any row alone
+  bool along_rows;  // of the matrix; else each run is a column
+  int64_t length, count, stride;
+  int64_t alignment;  // of every run, and of any run alone
 
-  Matrix(const void* data, DType dtype, int64_t rows, int64_t cols, int64_t stride)
-      : dtype(dtype), rows(rows), cols(cols), stride(stride) {
-    const int64_t address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data));
+  Runs(const MatrixProduct::Matrix& matrix, int64_t rows, int64_t cols)
+      : dtype(matrix.dtype),
+        along_rows(matrix.stride[1] == 1),
+        length(along_rows ? cols : rows),
+        count(along_rows ? rows : cols),
+        stride(matrix.stride[along_rows ? 0 : 1]) {
+    const int64_t address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(matrix.data));
     const int64_t stride_bytes = stride * static_cast<int64_t>(dtype_size(dtype));
     alignment = std::min(alignment_of(address), alignment_of(stride_bytes));
   }
 };
 
-struct Matrices {
-  Matrix weight, x, out;
+struct Operands {
+  Runs a, b, out;
 
-  explicit Matrices(const LinearParams& p)
-      : weight(p.weight, p.weight_dtype, p.out_features, p.in_features, p.weight_row_stride),
-        x(p.x.data, p.dtype, p.rows, p.in_features, p.x.stride[0]),
-        out(p.out.data, p.out_dtype, p.rows, p.out_features, p.out.stride[0]) {}
+  explicit Operands(const MatrixProduct& p)
+      : a(p.a, p.m, p.k), b(p.b, p.n, p.k), out(p.out, p.m, p.n) {}
 
-  // Those of a product of the same features and types, with kInvariantRows and no gaps.
-  static Matrices invariant(LinearParams p) {
-    p.rows = kInvariantRows;
-    p.weight = p.x.data = p.out.data = nullptr;
-    p.weight_row_stride = p.x.stride[0] = p.in_features;
-    p.out.stride[0] = p.out_features;
-    return Matrices(p);
+  // Those of a product of the same types, n and k, with kInvariantRows and no gaps.
+  static Operands invariant(MatrixProduct p) {
+    const auto close = [](MatrixProduct::Matrix& matrix, int64_t rows, int64_t cols) {
+      matrix.data = nullptr;
+      const bool along_rows = matrix.stride[1] == 1;
+      matrix.stride[along_rows ? 0 : 1] = along_rows ? cols : rows;
+    };
+    p.m = kInvariantRows;
+    close(p.a, p.m, p.k);
+    close(p.b, p.n, p.k);
+    close(p.out, p.m, p.n);
+    return Operands(p);
   }
 
-  bool at_least_as_aligned_as(const Matrices& other) const {
-    return weight.alignment >= other.weight.alignment && x.alignment >= other.x.alignment &&
+  bool at_least_as_aligned_as(const Operands& other) const {
+    return a.alignment >= other.a.alignment && b.alignment >= other.b.alignment &&
            out.alignment >= other.out.alignment;
   }
 };
-
-// Whether the operands are such as cuBLASLt takes. This does not depend on the number of rows, so
-// that batch-invariant products of any number go the same way.
-bool can_describe(const LinearParams& p) {
-  const bool bias = !p.bias || (p.bias_dtype == p.out_dtype && p.bias.stride[0] == 1 &&
-                                is_aligned(p.bias.data, 16));
-  return p.dtype == p.weight_dtype && bias && p.x.stride[1] == 1 && p.out.stride[1] == 1 &&
-         p.x.stride[0] >= p.in_features && p.weight_row_stride >= p.in_features &&
-         p.out.stride[0] >= p.out_features;
-}
 
 // One of cuBLASLt's objects.
 template <typename Object, auto kDestroy>
@@ -108,21 +106,21 @@ class Owned {
 using OwnedLayout = Owned<CublasLt::Layout, &CublasLt::layout_destroy>;
 
 struct Layouts {
-  OwnedLayout weight, x, out;
+  OwnedLayout a, b, out;
 
-  Layouts(const CublasLt& lt, const Matrices& matrices) : weight(lt), x(lt), out(lt) {
-    const auto create = [&](OwnedLayout& layout, const Matrix& matrix) {
-      check(lt, lt.layout_create(layout.address(), data_type(matrix.dtype), matrix.cols,
-                                 matrix.rows, matrix.stride));
+  Layouts(const CublasLt& lt, const Operands& operands) : a(lt), b(lt), out(lt) {
+    const auto create = [&](OwnedLayout& layout, const Runs& runs) {
+      check(lt, lt.layout_create(layout.address(), data_type(runs.dtype), runs.length, runs.count,
+                                 runs.stride));
     };
-    create(weight, matrices.weight);
-    create(x, matrices.x);
-    create(out, matrices.out);
+    create(a, operands.a);
+    create(b, operands.b);
+    create(out, operands.out);
   }
 };
 
-size_t plan_workspace_size(const LinearParams& p) {
-  const int64_t sums = p.rows * p.out_features * static_cast<int64_t>(sizeof(float) * kMaxSplits);
+size_t plan_workspace_size(const MatrixProduct& p) {
+  const int64_t sums = p.m * p.n * static_cast<int64_t>(sizeof(float) * kMaxSplits);
   const int64_t aligned = ceil_div(sums, kWorkspaceAlignment) * kWorkspaceAlignment;
   return std::min(static_cast<size_t>(aligned), kMaxWorkspaceBytes);
 }
@@ -134,35 +132,38 @@ struct LinearPlans::Plan {
   Layouts layouts;
   std::optional<CublasLt::Algorithm> algorithm;
 
-  Plan(const CublasLt& lt, CublasLt::Handle handle, const LinearParams& p, bool batch_invariant)
-      : operation(lt), layouts(lt, Matrices(p)) {
+  Plan(const CublasLt& lt, CublasLt::Handle handle, const MatrixProduct& p, bool batch_invariant)
+      : operation(lt), layouts(lt, Operands(p)) {
+    using Attribute = CublasLt::OperationAttribute;
+    const Operands operands(p);
     check(lt, lt.operation_create(operation.address(), CublasLt::kCompute32F, CUDA_R_32F));
-    set(lt, CublasLt::OperationAttribute::transpose_a, CublasLt::kTransposed);
+    set(lt, Attribute::transpose_a,
+        operands.b.along_rows ? CublasLt::kTransposed : CublasLt::kAsItIs);
+    set(lt, Attribute::transpose_b,
+        operands.a.along_rows ? CublasLt::kAsItIs : CublasLt::kTransposed);
     if (p.bias) {
-      set(lt, CublasLt::OperationAttribute::epilogue, CublasLt::kAddBias);
-      set(lt, CublasLt::OperationAttribute::bias_data_type,
-          static_cast<int32_t>(data_type(p.bias_dtype)));
+      set(lt, Attribute::epilogue, CublasLt::kAddBias);
+      set(lt, Attribute::bias_data_type, static_cast<int32_t>(data_type(p.bias_dtype)));
       set_bias(lt, p);
     }
-    const Matrices matrices(p);
     if (!batch_invariant) {
       // No parts of a sum are rounded to 16 bits before they are added up.
       const uint32_t reductions = CublasLt::kReductionInComputeType |
-                                  (p.out_dtype == DType::float32 ? CublasLt::kReductionInPlace : 0);
-      algorithm = best(lt, handle, matrices, layouts, plan_workspace_size(p), reductions);
+                                  (p.out.dtype == DType::float32 ? CublasLt::kReductionInPlace : 0);
+      algorithm = best(lt, handle, operands, layouts, plan_workspace_size(p), reductions);
       return;
     }
     // One algorithm for any number of rows, with sums in one piece: one order of each.
-    const Matrices invariant = Matrices::invariant(p);
-    if (!matrices.at_least_as_aligned_as(invariant)) return;
+    const Operands invariant = Operands::invariant(p);
+    if (!operands.at_least_as_aligned_as(invariant)) return;
     algorithm = best(lt, handle, invariant, Layouts(lt, invariant), 0, 0);
     CublasLt::Heuristic result;
     if (algorithm)
-      check(lt, lt.check(handle, operation, layouts.weight, layouts.x, layouts.out, layouts.out,
+      check(lt, lt.check(handle, operation, layouts.b, layouts.a, layouts.out, layouts.out,
                          &*algorithm, &result));
   }
 
-  void set_bias(const CublasLt& lt, const LinearParams& p) {
+  void set_bias(const CublasLt& lt, const MatrixProduct& p) {
     set(lt, CublasLt::OperationAttribute::bias_pointer, p.bias.data);
   }
 
@@ -173,7 +174,7 @@ struct LinearPlans::Plan {
   }
 
   std::optional<CublasLt::Algorithm> best(const CublasLt& lt, CublasLt::Handle handle,
-                                          const Matrices& matrices, const Layouts& described,
+                                          const Operands& operands, const Layouts& described,
                                           uint64_t workspace_bytes, uint32_t reductions) {
     using Attribute = CublasLt::PreferenceAttribute;
     Owned<CublasLt::Preference, &CublasLt::preference_destroy> preference(lt);
@@ -183,14 +184,14 @@ struct LinearPlans::Plan {
     };
     prefer(Attribute::max_workspace_bytes, workspace_bytes);
     prefer(Attribute::reduction_scheme_mask, reductions);
-    prefer(Attribute::min_alignment_a, static_cast<uint32_t>(matrices.weight.alignment));
-    prefer(Attribute::min_alignment_b, static_cast<uint32_t>(matrices.x.alignment));
-    prefer(Attribute::min_alignment_c, static_cast<uint32_t>(matrices.out.alignment));
-    prefer(Attribute::min_alignment_d, static_cast<uint32_t>(matrices.out.alignment));
+    prefer(Attribute::min_alignment_a, static_cast<uint32_t>(operands.b.alignment));
+    prefer(Attribute::min_alignment_b, static_cast<uint32_t>(operands.a.alignment));
+    prefer(Attribute::min_alignment_c, static_cast<uint32_t>(operands.out.alignment));
+    prefer(Attribute::min_alignment_d, static_cast<uint32_t>(operands.out.alignment));
     CublasLt::Heuristic result;
     int count = 0;
     const CublasLt::Status status =
-        lt.heuristic(handle, operation, described.weight, described.x, described.out, described.out,
+        lt.heuristic(handle, operation, described.b, described.a, described.out, described.out,
                      preference, 1, &result, &count);
     if (status != CublasLt::kSuccess || count == 0 || result.status != CublasLt::kSuccess)
       return {};
@@ -198,8 +199,22 @@ struct LinearPlans::Plan {
   }
 };
 
-size_t LinearPlans::workspace_size(const LinearParams& p) {
-  return plan_workspace_size(p) + kWorkspaceAlignment;
+// This does not depend on m, so that batch-invariant products of any number of rows go the same
+// way.
+bool LinearPlans::takes(const MatrixProduct& p) {
+  const auto has_runs = [](const Runs& runs, const MatrixProduct::Matrix& matrix) {
+    return (runs.along_rows || matrix.stride[0] == 1) && runs.stride >= runs.length;
+  };
+  const Operands operands(p);
+  return p.a.dtype == p.b.dtype && (p.out.dtype == p.a.dtype || p.out.dtype == DType::float32) &&
+         has_runs(operands.a, p.a) && has_runs(operands.b, p.b) && has_runs(operands.out, p.out) &&
+         operands.out.along_rows &&
+         (!p.bias ||
+          (p.bias_dtype == p.out.dtype && p.bias.stride[0] == 1 && is_aligned(p.bias.data, 16)));
+}
+
+size_t LinearPlans::workspace_size(const MatrixProduct& p) {
+  return takes(p) ? plan_workspace_size(p) + kWorkspaceAlignment : 0;
 }
 
 LinearPlans::LinearPlans() : lt_(cublaslt()) {
@@ -216,38 +231,33 @@ LinearPlans::~LinearPlans() {
   lt_.destroy(handle_);
 }
 
-LinearPlans::Plan& LinearPlans::plan(const LinearParams& p, bool batch_invariant) {
-  const Matrices m(p);
-  const Key key = {static_cast<int64_t>(p.dtype),
-                   static_cast<int64_t>(p.out_dtype),
-                   p.bias.data != nullptr,
-                   p.rows,
-                   p.in_features,
-                   p.out_features,
-                   m.weight.stride,
-                   m.x.stride,
-                   m.out.stride,
-                   m.weight.alignment,
-                   m.x.alignment,
-                   m.out.alignment};
+LinearPlans::Plan& LinearPlans::plan(const MatrixProduct& p, bool batch_invariant) {
+  const Operands operands(p);
+  Key key = {p.m, p.n, p.k, p.bias.data != nullptr, batch_invariant};
+  auto place = key.begin() + 5;
+  for (const Runs& runs : {operands.a, operands.b, operands.out}) {
+    *place++ = static_cast<int64_t>(runs.dtype);
+    *place++ = runs.along_rows;
+    *place++ = runs.stride;
+    *place++ = runs.alignment;
+  }
   if (plans_.size() >= kMaxPlans) plans_.clear();
   std::unique_ptr<Plan>& plan = plans_[key];
   if (!plan) plan = std::make_unique<Plan>(lt_, handle_, p, batch_invariant);
   return *plan;
 }
 
-bool LinearPlans::run(const LinearParams& p, const Exec& exec) {
-  if (!can_describe(p)) return false;
+bool LinearPlans::run(const MatrixProduct& p, bool batch_invariant, const Exec& exec) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  Plan& plan = this->plan(p, exec.context.batch_invariant());
+  Plan& plan = this->plan(p, batch_invariant);
   if (!plan.algorithm) return false;
   if (p.bias) plan.set_bias(lt_, p);
-  const float one = 1.0f, zero = 0.0f;
+  const float one = 1.0f, of_out = p.accumulate ? 1.0f : 0.0f;
   const uintptr_t workspace = reinterpret_cast<uintptr_t>(exec.workspace);
   void* const aligned = reinterpret_cast<void*>((workspace + kWorkspaceAlignment - 1) /
                                                 kWorkspaceAlignment * kWorkspaceAlignment);
-  check(lt_, lt_.matmul(handle_, plan.operation, &one, p.weight, plan.layouts.weight, p.x.data,
-                        plan.layouts.x, &zero, p.out.data, plan.layouts.out, p.out.data,
+  check(lt_, lt_.matmul(handle_, plan.operation, &one, p.b.data, plan.layouts.b, p.a.data,
+                        plan.layouts.a, &of_out, p.out.data, plan.layouts.out, p.out.data,
                         plan.layouts.out, &*plan.algorithm, aligned, plan_workspace_size(p),
                         static_cast<cudaStream_t>(exec.stream)));
   return true;

@@ -6,8 +6,8 @@
 #include <memory>
 #include <mutex>
 
-#include "../cpp/src/linear_params.h"
 #include "cublaslt.h"
+#include "matrix_product.h"
 #include "ssmcore/context.h"
 
 namespace ssmcore::cuda {
@@ -16,23 +16,25 @@ namespace ssmcore::cuda {
 // several threads.
 class LinearPlans {
  public:
+  // Whether the operands are such as cuBLASLt knows.
+  static bool takes(const MatrixProduct& p);
   // Bytes of workspace that run() uses.
-  static size_t workspace_size(const LinearParams& p);
+  static size_t workspace_size(const MatrixProduct& p);
 
   LinearPlans();
   ~LinearPlans();
   LinearPlans(const LinearPlans&) = delete;
   LinearPlans& operator=(const LinearPlans&) = delete;
 
-  // Returns false, with nothing done, for types, layouts and alignments that cuBLASLt cannot do.
-  // On a batch-invariant context the bits of a row do not depend on the number of rows.
-  bool run(const LinearParams& p, const Exec& exec);
+  // Of a product that it takes. Returns false, with nothing done, where cuBLASLt has no algorithm
+  // for it. batch_invariant: the bits of a row of a do not depend on the number of rows.
+  bool run(const MatrixProduct& p, bool batch_invariant, const Exec& exec);
 
  private:
   struct Plan;
-  using Key = std::array<int64_t, 12>;
+  using Key = std::array<int64_t, 17>;
 
-  Plan& plan(const LinearParams& p, bool batch_invariant);
+  Plan& plan(const MatrixProduct& p, bool batch_invariant);
 
   const CublasLt& lt_;
   CublasLt::Handle handle_ = nullptr;

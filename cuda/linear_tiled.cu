@@ -1,18 +1,19 @@
-// out = x weightᵀ + bias in plain float32 arithmetic, for whatever types and strides: a block
-// computes a tile of outputs, each thread 8 x 8 of them, from slices of x and weight in shared
-// memory. Each output is summed by one thread in the order of in_features.
+// Matrix products in plain float32 arithmetic, for whatever types and strides: a block computes a
+// tile of outputs, each thread 8 x 8 of them, from slices of both operands in shared memory. Each
+// output is summed by one thread in the order of k.
+#include "any_type.cuh"
 #include "launch.h"
 #include "linear_kernels.h"
 
 namespace ssmcore::cuda {
 namespace {
 
-constexpr int kTile = 64;   // rows, and outputs
-constexpr int kSlice = 16;  // of in_features
+constexpr int kTile = 64;   // of m, and of n
+constexpr int kSlice = 16;  // of k
 constexpr int kPerThread = 8;
 constexpr int kThreads = (kTile / kPerThread) * (kTile / kPerThread);
 constexpr int kLoads = kTile * kSlice / kThreads;
-// A thread's rows, and outputs, are two runs of 4, so that a warp reads shared memory in whole
+// A thread's outputs are two runs of 4 either way, so that a warp reads shared memory in whole
 // 16-byte words without conflicts.
 constexpr int kRun = 4;
 constexpr int kRunStride = kTile / 2;
@@ -20,44 +21,49 @@ constexpr int kRunStride = kTile / 2;
 // (kSlice, kTile), padded so that storing down the columns meets few conflicts.
 using Slice = float[kSlice][kTile + 4];
 
-// One operand, of which a block's tile takes rows from `first` on. Neighbouring threads read along
-// in_features.
+// One operand, of which a block's tile takes rows, of m or n, from `first` on. Neighbouring threads
+// read along k, or along the rows where it is these that are adjacent.
 template <typename T>
 class Operand {
  public:
-  __device__ Operand(const void* data, int64_t rows, int64_t cols, int64_t row_stride,
-                     int64_t col_stride, int64_t first)
-      : cols_(cols - threadIdx.x % kSlice),
-        row_step_(kRowStep * row_stride),
-        col_stride_(col_stride) {
-    const int64_t row = first + threadIdx.x / kSlice;
-    rows_ = static_cast<int>(min(rows - row, int64_t{kTile}));
-    from_ = static_cast<const T*>(data) + row * row_stride + threadIdx.x % kSlice * col_stride;
+  __device__ Operand(const MatrixProduct::Matrix& matrix, int64_t rows, int64_t k, int64_t first) {
+    const bool along_rows = matrix.stride[0] < matrix.stride[1];
+    const int thread = threadIdx.x;
+    row_ = along_rows ? thread : thread / kSlice;
+    k_ = along_rows ? 0 : thread % kSlice;
+    row_step_ = along_rows ? 0 : kThreads / kSlice;
+    k_step_ = along_rows ? 1 : 0;
+    rows_ = static_cast<int>(min(rows - first - row_, int64_t{kTile}));
+    left_ = k - k_;
+    k_stride_ = matrix.stride[1];
+    step_ = row_step_ * matrix.stride[0] + k_step_ * k_stride_;
+    from_ = static_cast<const T*>(matrix.data) + (first + row_) * matrix.stride[0] + k_ * k_stride_;
   }
 
   // Not converted yet, which would wait for it.
   __device__ void load(int64_t k, T (&values)[kLoads]) const {
-    const T* from = from_ + k * col_stride_;
+    const T* from = from_ + k * k_stride_;
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i, from += row_step_)
-      values[i] = i * kRowStep < rows_ && k < cols_ ? *from : from_float<T>(0.0f);
+    for (int i = 0; i < kLoads; ++i, from += step_)
+      values[i] = i * row_step_ < rows_ && k + i * k_step_ < left_ ? *from : from_float<T>(0.0f);
+  }
+
+  __device__ void store(const T (&values)[kLoads], Slice& slice) const {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i)
+      slice[k_ + i * k_step_][row_ + i * row_step_] = to_float(values[i]);
   }
 
  private:
-  static constexpr int kRowStep = kThreads / kSlice;
+  static_assert(kThreads == kTile && kLoads == kSlice);
 
-  const T* from_;  // of this thread
-  int rows_;       // from there on
-  int64_t cols_, row_step_, col_stride_;
+  const T* from_;  // of this thread's first
+  int row_, k_;    // where that is in the tile
+  int row_step_, k_step_;
+  int rows_;      // from there on
+  int64_t left_;  // of k
+  int64_t k_stride_, step_;
 };
-
-template <typename T>
-__device__ void store(const T (&values)[kLoads], Slice& slice) {
-#pragma unroll
-  for (int i = 0; i < kLoads; ++i)
-    slice[threadIdx.x % kSlice][threadIdx.x / kSlice + i * (kThreads / kSlice)] =
-        to_float(values[i]);
-}
 
 __device__ void read(const Slice& slice, int k, int begin, float (&values)[kPerThread]) {
 #pragma unroll
@@ -68,64 +74,71 @@ __device__ void read(const Slice& slice, int k, int begin, float (&values)[kPerT
   }
 }
 
-template <typename X, typename W>
+// Adds the bias, or what is there, to a sum, and stores it.
+__device__ __noinline__ void store_output(const MatrixProduct& p, int64_t m, int64_t n, float sum) {
+  const int64_t at = m * p.out.stride[0] + n * p.out.stride[1];
+  if (p.bias.data) sum += load_element(p.bias.data, p.bias_dtype, n * p.bias.stride[0]);
+  if (p.accumulate) sum += load_element(p.out.data, p.out.dtype, at);
+  store_element(p.out.data, p.out.dtype, at, sum);
+}
+
+template <typename A, typename B>
 __global__ void __launch_bounds__(kThreads, 6)
-    linear_tiled_kernel(LinearParams p, int64_t row_tiles) {
-  __shared__ alignas(16) Slice x_slice, weight_slice;
-  const int64_t first_row = blockIdx.x % row_tiles * kTile;
-  const int64_t first_output = blockIdx.x / row_tiles * kTile;
-  const Operand<X> x(p.x.data, p.rows, p.in_features, p.x.stride[0], p.x.stride[1], first_row);
-  const Operand<W> weight(p.weight, p.out_features, p.in_features, p.weight_row_stride, 1,
-                          first_output);
-  const int row = threadIdx.x / (kTile / kPerThread) * kRun;
-  const int output = threadIdx.x % (kTile / kPerThread) * kRun;
+    linear_tiled_kernel(const __grid_constant__ MatrixProduct p, int64_t row_tiles) {
+  __shared__ alignas(16) Slice a_slice, b_slice;
+  const int64_t first_m = blockIdx.x % row_tiles * kTile;
+  const int64_t first_n = blockIdx.x / row_tiles * kTile;
+  const Operand<A> a(p.a, p.m, p.k, first_m);
+  const Operand<B> b(p.b, p.n, p.k, first_n);
+  const int of_m = threadIdx.x / (kTile / kPerThread) * kRun;
+  const int of_n = threadIdx.x % (kTile / kPerThread) * kRun;
 
   float sum[kPerThread][kPerThread] = {};
-  X x_next[kLoads];
-  W weight_next[kLoads];
-  x.load(0, x_next);
-  weight.load(0, weight_next);
-  for (int64_t k = 0; k < p.in_features; k += kSlice) {
-    store(x_next, x_slice);
-    store(weight_next, weight_slice);
+  A a_next[kLoads];
+  B b_next[kLoads];
+  a.load(0, a_next);
+  b.load(0, b_next);
+  for (int64_t k = 0; k < p.k; k += kSlice) {
+    a.store(a_next, a_slice);
+    b.store(b_next, b_slice);
     __syncthreads();
-    x.load(k + kSlice, x_next);
-    weight.load(k + kSlice, weight_next);
+    a.load(k + kSlice, a_next);
+    b.load(k + kSlice, b_next);
 #pragma unroll
     for (int i = 0; i < kSlice; ++i) {
-      float xs[kPerThread], weights[kPerThread];
-      read(x_slice, i, row, xs);
-      read(weight_slice, i, output, weights);
+      float as[kPerThread], bs[kPerThread];
+      read(a_slice, i, of_m, as);
+      read(b_slice, i, of_n, bs);
 #pragma unroll
       for (int r = 0; r < kPerThread; ++r)
 #pragma unroll
-        for (int o = 0; o < kPerThread; ++o) sum[r][o] = fmaf(xs[r], weights[o], sum[r][o]);
+        for (int c = 0; c < kPerThread; ++c) sum[r][c] = fmaf(as[r], bs[c], sum[r][c]);
     }
     __syncthreads();
   }
 
 #pragma unroll
   for (int r = 0; r < kPerThread; ++r) {
-    const int64_t at_row = first_row + row + r / kRun * kRunStride + r % kRun;
+    const int64_t m = first_m + of_m + r / kRun * kRunStride + r % kRun;
 #pragma unroll
-    for (int o = 0; o < kPerThread; ++o) {
-      const int64_t at_output = first_output + output + o / kRun * kRunStride + o % kRun;
-      if (at_row < p.rows && at_output < p.out_features)
-        store_output(p, at_row, at_output, sum[r][o]);
+    for (int c = 0; c < kPerThread; ++c) {
+      const int64_t n = first_n + of_n + c / kRun * kRunStride + c % kRun;
+      if (m < p.m && n < p.n) store_output(p, m, n, sum[r][c]);
     }
   }
 }
 
 }  // namespace
 
-void launch_linear_tiled(const LinearParams& p, const Exec& exec) {
-  with_type(p.dtype, [&](auto* x) {
-    with_type(p.weight_dtype, [&](auto* weight) {
-      using X = std::remove_pointer_t<decltype(x)>;
-      using W = std::remove_pointer_t<decltype(weight)>;
-      const int64_t row_tiles = ceil_div(p.rows, kTile);
-      const unsigned blocks = blocks_for(row_tiles * ceil_div(p.out_features, kTile), 1);
-      launch_kernel("linear", linear_tiled_kernel<X, W>, {blocks, kThreads}, exec, p, row_tiles);
+void launch_linear_tiled(const MatrixProduct& product, const Exec& exec) {
+  with_type(product.a.dtype, [&](auto* a) {
+    with_type(product.b.dtype, [&](auto* b) {
+      using A = std::remove_pointer_t<decltype(a)>;
+      using B = std::remove_pointer_t<decltype(b)>;
+      const int64_t row_tiles = ceil_div(product.m, kTile);
+      const unsigned blocks = blocks_for(row_tiles * ceil_div(product.n, kTile), 1);
+      launch_kernel("linear", linear_tiled_kernel<A, B>, {blocks, kThreads}, exec, product,
+                    row_tiles);
     });
   });
 }

@@ -1,95 +1,17 @@
 // The RMS norm on the GPU, limited by memory: what is read of a row stays in registers until the
 // mean of its squares is known.
 #include "../cpp/src/rms_norm_params.h"
+#include "any_type.cuh"
+#include "device/lanes.cuh"
 #include "device/math.cuh"
-#include "device/words.cuh"
 #include "launch.h"
 
 namespace ssmcore::cuda {
 namespace {
 
 constexpr const char* kOp = "rms_norm";
-constexpr int kSize = 8;              // elements of a vector, of any type
 constexpr int kMaxThreads = 512;      // of a block of vectors
 constexpr int kElementThreads = 256;  // of a block of single elements
-constexpr int kWarp = 32;
-
-// kSize neighbours as they are in memory: so loads of any type, unconverted, run ahead.
-struct Raw {
-  uint4 low, high;  // high: the second half of float32
-};
-
-// What a type's code is, with a null pointer to the type.
-template <typename Function>
-__device__ __forceinline__ void with_device_type(DType dtype, const Function& function) {
-  if (dtype == DType::bfloat16)
-    function(static_cast<bfloat16*>(nullptr));
-  else if (dtype == DType::float16)
-    function(static_cast<float16*>(nullptr));
-  else
-    function(static_cast<float*>(nullptr));
-}
-
-__device__ __forceinline__ Raw load_raw(const void* data, DType dtype, int64_t at) {
-  Raw raw;
-  if (dtype == DType::float32) {
-    const auto* from = reinterpret_cast<const uint4*>(static_cast<const float*>(data) + at);
-    raw.low = from[0];
-    raw.high = from[1];
-  } else {
-    raw.low = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(data) + at);
-  }
-  return raw;
-}
-
-__device__ __forceinline__ void to_floats(const Raw& raw, DType dtype, float (&values)[kSize]) {
-  with_device_type(dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    to_floats(reinterpret_cast<const Words<T, kSize>&>(raw), values);
-  });
-}
-
-__device__ __forceinline__ void store(void* data, DType dtype, int64_t at,
-                                      const float (&values)[kSize]) {
-  with_device_type(dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const auto words = to_words<T>(values);
-    auto* to = reinterpret_cast<uint4*>(static_cast<T*>(data) + at);
-#pragma unroll
-    for (int i = 0; i < kSize / kVectorSize<T>; ++i)
-      to[i] = reinterpret_cast<const uint4(&)[kSize / kVectorSize<T>]>(words)[i];
-  });
-}
-
-__device__ __forceinline__ float load_element(const void* data, DType dtype, int64_t at) {
-  float value = 0.0f;
-  with_device_type(dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    value = to_float(static_cast<const T*>(data)[at]);
-  });
-  return value;
-}
-
-__device__ __forceinline__ void store_element(void* data, DType dtype, int64_t at, float value) {
-  with_device_type(dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    static_cast<T*>(data)[at] = from_float<T>(value);
-  });
-}
-
-// The sum over `lanes` neighbouring threads: a power of two up to a warp, or the whole block. Every
-// thread of the block must come; the order is fixed.
-__device__ __forceinline__ float sum_over_lanes(float value, int lanes) {
-  for (int offset = min(lanes, kWarp) / 2; offset > 0; offset /= 2)
-    value += __shfl_xor_sync(0xffffffff, value, offset);
-  if (lanes <= kWarp) return value;
-  __shared__ float warps[kMaxThreads / kWarp];
-  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  float sum = 0.0f;
-  for (int i = 0; i < lanes / kWarp; ++i) sum += warps[i];
-  return sum;
-}
 
 // A thread's place: the group of a row whose mean it helps with, and which of its lanes it is.
 struct Place {
@@ -114,7 +36,7 @@ __global__ void __launch_bounds__(kVectors == 1 || kPlain ? kMaxThreads / 2 : kM
     rms_norm_fwd_kernel(const __grid_constant__ RmsNormFwdParams p, int lanes) {
   const bool has_residual = !kPlain && p.residual.data, has_gate = !kPlain && p.z.data;
   const Place place(p, lanes);
-  const auto begin = [&](int j) { return static_cast<int64_t>(place.lane + j * lanes) * kSize; };
+  const auto begin = [&](int j) { return static_cast<int64_t>(place.lane + j * lanes) * kEight; };
   const auto is_inside = [&](int j) { return place.row < p.rows && begin(j) < p.group_size; };
   const auto at = [&](const Strided<2>& tensor, int j) {
     return place.row * tensor.stride[0] + place.first + begin(j);
@@ -131,50 +53,50 @@ __global__ void __launch_bounds__(kVectors == 1 || kPlain ? kMaxThreads / 2 : kM
       weight[j] = load_raw(p.weight.data, p.weight_dtype, place.first + begin(j));
   }
 
-  float r[kVectors][kSize], squares = 0.0f;
+  float r[kVectors][kEight], squares[1] = {};
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
     if (!is_inside(j)) continue;
     to_floats(x[j], p.dtype, r[j]);
     if (has_residual) {
-      float values[kSize];
+      float values[kEight];
       to_floats(residual[j], p.residual_dtype, values);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) r[j][i] += values[i];
+      for (int i = 0; i < kEight; ++i) r[j][i] += values[i];
     }
     if (!kPlain && p.residual_out.data)
-      store(p.residual_out.data, p.residual_out_dtype, at(p.residual_out, j), r[j]);
+      store_eight(p.residual_out.data, p.residual_out_dtype, at(p.residual_out, j), r[j]);
     if (has_gate && !p.norm_before_gate) {
-      float values[kSize];
+      float values[kEight];
       to_floats(z[j], p.z_dtype, values);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) r[j][i] *= silu(values[i]);
+      for (int i = 0; i < kEight; ++i) r[j][i] *= silu(values[i]);
     }
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) squares += r[j][i] * r[j][i];
+    for (int i = 0; i < kEight; ++i) squares[0] += r[j][i] * r[j][i];
   }
-  squares = sum_over_lanes(squares, lanes);
-  const float scale = 1.0f / sqrtf(squares / static_cast<float>(p.group_size) + p.eps);
+  sum_over_lanes(squares, lanes);
+  const float scale = 1.0f / sqrtf(squares[0] / static_cast<float>(p.group_size) + p.eps);
 
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
     if (!is_inside(j)) continue;
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) r[j][i] *= scale;
-    float values[kSize];
+    for (int i = 0; i < kEight; ++i) r[j][i] *= scale;
+    float values[kEight];
     if (p.weight.data) {
       to_floats(
           kPlain ? weight[j] : load_raw(p.weight.data, p.weight_dtype, place.first + begin(j)),
           p.weight_dtype, values);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) r[j][i] *= values[i];
+      for (int i = 0; i < kEight; ++i) r[j][i] *= values[i];
     }
     if (has_gate && p.norm_before_gate) {
       to_floats(z[j], p.z_dtype, values);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) r[j][i] *= silu(values[i]);
+      for (int i = 0; i < kEight; ++i) r[j][i] *= silu(values[i]);
     }
-    store(p.out.data, p.out_dtype, at(p.out, j), r[j]);
+    store_eight(p.out.data, p.out_dtype, at(p.out, j), r[j]);
   }
 }
 
@@ -193,14 +115,14 @@ __global__ void __launch_bounds__(kElementThreads)
     return r;
   };
 
-  float squares = 0.0f;
+  float squares[1] = {};
   for (int64_t i = place.lane; i < end; i += lanes) {
     float v = sum(i);
     if (p.z.data && !p.norm_before_gate) v *= gate(i);
-    squares += v * v;
+    squares[0] += v * v;
   }
-  squares = sum_over_lanes(squares, lanes);
-  const float scale = 1.0f / sqrtf(squares / static_cast<float>(p.group_size) + p.eps);
+  sum_over_lanes(squares, lanes);
+  const float scale = 1.0f / sqrtf(squares[0] / static_cast<float>(p.group_size) + p.eps);
 
   for (int64_t i = place.lane; i < end; i += lanes) {
     float v = sum(i);
@@ -218,25 +140,17 @@ __global__ void __launch_bounds__(kElementThreads)
 bool has_vectors(const RmsNormFwdParams& p) {
   const auto has = [&](const Strided<2>& tensor) {
     return !tensor || ((tensor.stride[1] == 1 || p.dim == 1) && is_aligned(tensor.data, 16) &&
-                       (p.rows == 1 || tensor.stride[0] % kSize == 0));
+                       (p.rows == 1 || tensor.stride[0] % kEight == 0));
   };
-  return p.group_size % kSize == 0 && has(p.x) && has(p.residual) && has(p.residual_out) &&
+  return p.group_size % kEight == 0 && has(p.x) && has(p.residual) && has(p.residual_out) &&
          has(p.z) && has(p.out) &&
          (!p.weight || (p.weight.stride[0] == 1 && is_aligned(p.weight.data, 16)));
-}
-
-// Threads for a group of `size` pieces: a power of two up to a warp, or whole warps up to `most`.
-int lanes_for(int64_t size, int64_t most) {
-  if (size > kWarp) return static_cast<int>(std::min(most, ceil_div(size, kWarp) * kWarp));
-  int lanes = 1;
-  while (lanes < size) lanes *= 2;
-  return lanes;
 }
 
 void launch_rms_norm_fwd(void (*kernel)(RmsNormFwdParams, int), const RmsNormFwdParams& p,
                          int lanes, const Exec& exec) {
   constexpr int kSmallThreads = 128;
-  const int threads = lanes > kWarp ? lanes : kSmallThreads;
+  const int threads = threads_for(lanes, kSmallThreads);
   launch_kernel(kOp, kernel,
                 {blocks_for(p.rows * (p.dim / p.group_size), threads / lanes), threads}, exec, p,
                 lanes);
@@ -249,7 +163,7 @@ size_t rms_norm_fwd_workspace_size(const RmsNormFwdParams&, const Context&) {
 }
 
 void rms_norm_fwd(const RmsNormFwdParams& p, const Exec& exec) {
-  const int64_t vectors = p.group_size / kSize;
+  const int64_t vectors = p.group_size / kEight;
   if (!has_vectors(p) || vectors > 4 * kMaxThreads)
     launch_rms_norm_fwd(rms_norm_fwd_elements_kernel, p, lanes_for(p.group_size, kElementThreads),
                         exec);

@@ -1,4 +1,4 @@
-// The kernels that selective_scan_fwd chooses among.
+// The kernels that selective_scan_fwd and selective_scan_bwd choose among.
 #pragma once
 
 #include "../cpp/src/selective_scan_params.h"
@@ -29,5 +29,11 @@ void selective_scan_fwd_float64(const SelectiveScanFwdParams& params, const Exec
 // Everything else: any form of A, B and C, any option. Throws Error(unsupported) for dstate beyond
 // 256.
 void selective_scan_general_fwd(const SelectiveScanFwdParams& params, const Exec& exec);
+
+// The backward of any form of A, B and C, with any option, in any type. Throws Error(unsupported)
+// for dstate beyond 256.
+void selective_scan_general_bwd(const SelectiveScanBwdParams& params, const Exec& exec);
+size_t selective_scan_general_bwd_workspace_size(const SelectiveScanBwdParams& params,
+                                                 const Context& context);
 
 }  // namespace ssmcore::cuda

@@ -2,6 +2,7 @@
 // ssmcore/selective_scan.h, a warp for each channel, its lanes sharing the states.
 #include <string>
 
+#include "device/math.cuh"
 #include "launch.h"
 #include "scan_row.cuh"
 #include "selective_scan.h"
@@ -20,14 +21,6 @@ __device__ double* at(const Strided<Rank>& tensor, Index... index) {
   int dim = 0;
   ((offset += index * tensor.stride[dim++]), ...);
   return static_cast<double*>(tensor.data) + offset;
-}
-
-__device__ double softplus(double x) {
-  return x > 20 ? x : log1p(exp(x));
-}
-
-__device__ double silu(double x) {
-  return x / (1 + exp(-x));
 }
 
 __device__ double sum_of_lanes(double v) {

@@ -6,6 +6,7 @@
 
 #include "device/state.cuh"
 #include "launch.h"
+#include "scan_plane.cuh"
 #include "scan_row.cuh"
 #include "selective_scan.h"
 #include "ssmcore/error.h"
@@ -15,7 +16,8 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kMaxBlockL = 32;
-constexpr int kSteps = 4;  // taken together, so that their latencies overlap
+constexpr int kAtOnce = 4;  // loads in flight when operands are staged
+constexpr int kSteps = 4;   // taken together, so that their latencies overlap
 
 constexpr int kFewStates = 2, kManyStates = 8;  // of a thread
 constexpr int kMaxStates = 32 * kManyStates;
@@ -53,45 +55,6 @@ struct Staging {
            static_cast<size_t>(coefficients(shape, numbers) + shape.block_l * (shape.block_d + 1));
   }
 };
-
-// A tensor's part that a block works on: element (i, t) at data + i stride_i + t stride_t.
-template <typename T>
-struct Plane {
-  T* data = nullptr;
-  int64_t stride_i = 0, stride_t = 0;
-
-  __device__ T& at(int64_t i, int64_t t) const { return data[i * stride_i + t * stride_t]; }
-};
-
-template <typename T>
-__device__ Plane<T> plane_of(const Strided<4>& tensor, int64_t i, int64_t j) {
-  if (tensor.data == nullptr) return {};
-  return {static_cast<T*>(tensor.data) + i * tensor.stride[0] + j * tensor.stride[1],
-          tensor.stride[2], tensor.stride[3]};
-}
-
-// For all i < width and t < steps: use(i, t, load(i, t)), neighbouring threads on neighbouring
-// memory, several loads in flight. `width` and `block_l` are powers of two, steps ≤ block_l.
-template <typename Load, typename Use>
-__device__ void for_each_element(int width, int block_l, int steps, bool along_t, const Load& load,
-                                 const Use& use) {
-  constexpr int kAtOnce = 4;
-  const int inner = along_t ? block_l : width, shift = __ffs(inner) - 1;
-  const int elements = along_t ? width * block_l : width * steps;
-  for (int first = threadIdx.x; first < elements; first += kAtOnce * kThreads) {
-    decltype(load(0, 0)) loaded[kAtOnce];
-    const auto for_each_of_these = [&](const auto& body) {
-#pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) {
-        const int e = first + k * kThreads, low = e & (inner - 1), high = e >> shift;
-        const int i = along_t ? high : low, t = along_t ? low : high;
-        if (e < elements && t < steps) body(k, i, t);
-      }
-    };
-    for_each_of_these([&](int k, int i, int t) { loaded[k] = load(i, t); });
-    for_each_of_these([&](int k, int i, int t) { use(i, t, loaded[k]); });
-  }
-}
 
 // One block's scan over one row of kThreads / lanes channels, kN states a thread.
 template <typename T, bool kComplex, int kN>
@@ -198,7 +161,7 @@ class Scan {
     struct Inputs {
       T delta, u;
     };
-    for_each_element(
+    for_each_element<kThreads, kAtOnce>(
         shape.block_d, shape.block_l, padded(steps), u.stride_t < u.stride_i,
         [&](int d, int i) {
           const bool there = d < channels && i < steps;
@@ -225,7 +188,7 @@ class Scan {
   // The states that no n < dstate stands for get zeros.
   __device__ void stage_coefficients(const Plane<const T>& from, int64_t t, int steps,
                                      float* to) const {
-    for_each_element(
+    for_each_element<kThreads, kAtOnce>(
         shape.lanes * kNumbers, shape.block_l, padded(steps), from.stride_t < from.stride_i,
         [&](int i, int step) {
           const int n = i / kParts, part = i % kParts;
@@ -314,7 +277,7 @@ class Scan {
     struct Inputs {
       T u, z;
     };
-    for_each_element(
+    for_each_element<kThreads, kAtOnce>(
         shape.block_d, shape.block_l, steps, out.stride_t < out.stride_i,
         [&](int d, int i) {
           Inputs inputs{};

@@ -98,6 +98,7 @@ struct Backward : WithWeights<MambaBlockBwdArgs> {
     dweights.dt_proj = tensor(c.ddt_proj, "ddt_proj");
     dweights.dt_bias = tensor(c.ddt_bias, "ddt_bias");
     dweights.A = tensor(c.dA, "dA");
+    dweights.A_log = tensor(c.dA_log, "dA_log");
     dweights.D = tensor(c.dD, "dD");
     dweights.out_proj = tensor(c.dout_proj, "dout_proj");
     dweights.out_proj_bias = tensor(c.dout_proj_bias, "dout_proj_bias");

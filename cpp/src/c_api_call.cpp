@@ -11,7 +11,7 @@ thread_local std::string last_error;
 
 // The two lists of failures are one.
 static_assert(SSMCORE_INVALID_ARGUMENT == static_cast<int>(ErrorCode::invalid_argument) + 1);
-static_assert(SSMCORE_INTERNAL == static_cast<int>(ErrorCode::internal) + 1);
+static_assert(SSMCORE_NOT_FINITE == static_cast<int>(ErrorCode::not_finite) + 1);
 
 ssmcore_status record(ErrorCode code, const char* message) noexcept {
   try {

@@ -42,6 +42,8 @@ class Checks {
  public:
   Checks(const char* op, Device device) : op_(op), device_(device) {}
 
+  Device device() const { return device_; }
+
   // A required tensor of this rank, whose sizes are then read; none may be 0.
   void rank(const TensorView& tensor, const char* name, int rank, const char* dims) const;
 

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 
+#include "adamw_params.h"
 #include "causal_conv1d_params.h"
 #include "checks.h"
 #include "cross_entropy_params.h"
@@ -10,40 +11,42 @@
 #include "embedding_params.h"
 #include "linear_params.h"
 #include "mamba_step_params.h"
+#include "parameter_params.h"
 #include "rms_norm_params.h"
 #include "sample_params.h"
 #include "selective_scan_params.h"
 #include "ssmcore/context.h"
+#include "training_loss_params.h"
 
 // X(name, Params): `void name(const Params&, const Exec&)` and the workspace it needs,
 // `size_t name_workspace_size(const Params&, const Context&)`.
-#define SSMCORE_FOR_EACH_FORWARD_KERNEL(X)      \
+
+// Compiled once per instruction set on the CPU.
+#define SSMCORE_FOR_EACH_VECTOR_KERNEL(X)       \
   X(selective_scan_fwd, SelectiveScanFwdParams) \
   X(causal_conv1d_fwd, CausalConv1dFwdParams)   \
   X(rms_norm_fwd, RmsNormFwdParams)             \
   X(linear, LinearParams)                       \
-  X(embedding, EmbeddingParams)
-
-// What only the CPU has so far.
-#define SSMCORE_FOR_EACH_GRADIENT_KERNEL(X)     \
+  X(embedding, EmbeddingParams)                 \
   X(selective_scan_bwd, SelectiveScanBwdParams) \
   X(causal_conv1d_bwd, CausalConv1dBwdParams)   \
   X(rms_norm_bwd, RmsNormBwdParams)             \
   X(linear_bwd, LinearBwdParams)                \
   X(embedding_bwd, EmbeddingBwdParams)          \
   X(cross_entropy_fwd, CrossEntropyFwdParams)   \
-  X(cross_entropy_bwd, CrossEntropyBwdParams)
-
-// Compiled once per instruction set on the CPU.
-#define SSMCORE_FOR_EACH_VECTOR_KERNEL(X) \
-  SSMCORE_FOR_EACH_FORWARD_KERNEL(X)      \
-  SSMCORE_FOR_EACH_GRADIENT_KERNEL(X)
+  X(cross_entropy_bwd, CrossEntropyBwdParams)   \
+  X(sum_of_squares, SumOfSquaresParams)         \
+  X(adamw, AdamWParams)
 
 // On the CPU compiled once, for every instruction set.
-#define SSMCORE_FOR_EACH_PLAIN_KERNEL(X) \
-  X(sample, SampleParams)                \
-  X(decoder_gather, DecoderRowsParams)   \
-  X(decoder_scatter, DecoderRowsParams)
+#define SSMCORE_FOR_EACH_PLAIN_KERNEL(X)       \
+  X(sample, SampleParams)                      \
+  X(decoder_gather, DecoderRowsParams)         \
+  X(decoder_scatter, DecoderRowsParams)        \
+  X(parameter_copy, ParameterCopyParams)       \
+  X(parameter_product, ParameterProductParams) \
+  X(loss_weight, LossWeightParams)             \
+  X(loss_sum, LossSumParams)
 
 #define SSMCORE_FOR_EACH_KERNEL(X)  \
   SSMCORE_FOR_EACH_VECTOR_KERNEL(X) \

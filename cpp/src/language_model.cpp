@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "checks.h"
+#include "kernels.h"
 #include "language_model_parts.h"
 #include "memory.h"
 #include "scratch.h"
@@ -147,7 +148,7 @@ struct LanguageModel::Activations {
 
 LanguageModel::LanguageModel(const Checkpoint& checkpoint, const Context& context,
                              const LoadOptions& options)
-    : checkpoint_(options.trainable && !is_gpu(context) ? float32_copy(checkpoint) : checkpoint),
+    : checkpoint_(options.trainable ? float32_copy(checkpoint, context) : checkpoint),
       trainable_(options.trainable),
       serial_(next_serial()),
       context_(&context) {
@@ -161,8 +162,6 @@ LanguageModel::LanguageModel(const Checkpoint& checkpoint, const Context& contex
                  return std::string("dtype is ") + dtype_name(dtype_) +
                         ", expected float32, bfloat16 or float16";
                });
-  if (trainable_ && is_gpu(context))
-    throw Error(ErrorCode::unsupported, "language_model: a trainable model is for the CPU, so far");
   try {
     load(options.progress);
   } catch (...) {
@@ -181,41 +180,42 @@ LanguageModel::~LanguageModel() {
   allocator.release_unused();
 }
 
-void LanguageModel::refresh() {
+void LanguageModel::refresh(void* stream) {
   Checks("language_model", context_->device()).require(trainable_, [] {
     return std::string("refresh() of a model that is not trainable");
   });
-  load({});
+  const Exec exec{*context_, stream, nullptr, 0};
+  for (const ParameterCopyParams& copy : copies_)
+    launch("refresh", kernel_table(*context_).parameter_copy, copy, exec);
 }
 
 void LanguageModel::load(const LoadProgress& progress) {
-  std::vector<Layer> layers;
-  std::vector<Buffer> buffers;
-  WeightLoader loader(checkpoint_.tensors, *context_, buffers, progress);
+  WeightLoader loader(checkpoint_.tensors, *context_, dtype_, buffers_,
+                      trainable_ ? &copies_ : nullptr, progress);
   constexpr int64_t kNoLayer = WeightLoader::kNoLayer;
   const int64_t d_model = config().d_model;
-  const TensorView embedding =
-      loader.matrix("embedding", kNoLayer, config().padded_vocab_size, d_model);
-  const TensorView norm_f = loader.parameter("norm_f", kNoLayer, {d_model});
-  TensorView head = embedding;
+  embedding_ = loader.matrix("embedding", kNoLayer, config().padded_vocab_size, d_model);
+  norm_f_ = loader.parameter("norm_f", kNoLayer, {d_model});
+  TensorView head = embedding_;
   if (config().tie_embeddings)
     loader.ignore("lm_head");
   else
     head = loader.matrix("lm_head", kNoLayer, config().padded_vocab_size, d_model);
+  head_ = head.slice(0, 0, config().vocab_size);
   for (int64_t i = 0; i < static_cast<int64_t>(config().layers.size()); ++i) {
     Layer layer;
     layer.norm = loader.parameter("norm", i, {d_model});
     layer.mixer = make_mixer(config(), i, dtype_, loader);
-    layers.push_back(std::move(layer));
+    layers_.push_back(std::move(layer));
   }
+  parameters_ = loader.taken();
+  if (trainable_) refresh();
   loader.finish();
-  // Only now: a refresh that fails leaves the model as it was.
-  layers_ = std::move(layers);
-  buffers_ = std::move(buffers);
-  embedding_ = embedding;
-  norm_f_ = norm_f;
-  head_ = head.slice(0, 0, config().vocab_size);
-  if (parameters_.empty()) parameters_ = loader.taken();  // never others: pointers to them stay
+}
+
+void LanguageModel::save(const std::string& folder) const {
+  const bool is_on_device = trainable_ && is_gpu(*context_);
+  save_checkpoint(is_on_device ? host_copy(checkpoint_, *context_) : checkpoint_, folder);
 }
 
 int64_t LanguageModel::num_parameters() const {

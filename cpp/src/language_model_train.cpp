@@ -4,7 +4,9 @@
 #include <vector>
 
 #include "checks.h"
+#include "kernels.h"
 #include "language_model_parts.h"
+#include "memory.h"
 #include "scratch.h"
 #include "ssmcore/cross_entropy.h"
 #include "ssmcore/embedding.h"
@@ -20,8 +22,12 @@ namespace {
 constexpr const char* kOp = "loss_and_gradients";
 constexpr int64_t kNoLayer = WeightLoader::kNoLayer;
 
-// Positions whose logits exist at a time: enough for matrix products to be efficient.
-constexpr int64_t kHeadTokens = 512;
+// Positions whose logits exist at a time: enough for matrix products to be efficient. On a GPU more
+// where the vocabulary is small.
+int64_t head_tokens(int64_t vocab_size, Device device) {
+  constexpr int64_t kTokens = 512, kGpuLogits = 1 << 25;
+  return device.type == DeviceType::cpu ? kTokens : std::max(kTokens, kGpuLogits / vocab_size);
+}
 
 // Contiguous (batch, seqlen, n) as (batch · seqlen, n).
 TensorView flat(const TensorView& tensor) {
@@ -41,10 +47,40 @@ std::vector<int64_t> flat_integers(const TensorView& tensor) {
   return integers;
 }
 
-TensorView view_of(const std::vector<int64_t>& integers) {
-  return TensorView(const_cast<int64_t*>(integers.data()), DType::int64,
-                    {static_cast<int64_t>(integers.size())});
+bool is_on_host(const TensorView& tensor) {
+  return tensor.device == Device{};
 }
+
+std::vector<int32_t> flat_ends(const TensorView& cu_seqlens) {
+  std::vector<int32_t> ends;
+  for (int64_t s = 0; s < cu_seqlens.shape[0]; ++s)
+    ends.push_back(cu_seqlens.as<const int32_t>()[s * cu_seqlens.strides[0]]);
+  return ends;
+}
+
+// The token ids or targets of a step, one after another in memory of its device.
+struct Integers {
+  std::vector<int64_t> host;  // empty where they are on a GPU already
+  TensorView device;          // (tokens)
+
+  void place(const TensorView& given, Device on, Scratch& scratch) {
+    if (!is_on_host(given)) {
+      device = given.select(0, 0);
+      device.shape[0] = given.numel();
+      return;
+    }
+    host = flat_integers(given);
+    const int64_t size = static_cast<int64_t>(host.size());
+    device = on == Device{} ? TensorView(host.data(), DType::int64, {size})
+                            : scratch.tensor(DType::int64, {size}, on);
+  }
+
+  void upload(const Exec& exec) const {
+    if (!host.empty() && device.data != host.data())
+      copy_bytes(exec.context, device.data, host.data(), sizeof(int64_t) * host.size(),
+                 exec.stream);
+  }
+};
 
 }  // namespace
 
@@ -55,6 +91,8 @@ class LanguageModel::TrainingStep {
                const Context& context, Scratch& scratch);
 
   size_t largest_workspace(const Context& context) const;
+  // Only when it runs: the memory of arguments that ask for a size may be made up.
+  void check_overlap() const;
   void run(const Exec& exec) const;
 
  private:
@@ -67,7 +105,7 @@ class LanguageModel::TrainingStep {
   };
 
   void check(const Checks& check) const;
-  // What the sum of losses is divided by.
+  // What the sum of losses is divided by; 0 where that is counted on a GPU.
   int64_t num_targets(const Checks& check) const;
 
   float eps() const { return model_.config().norm_eps; }
@@ -83,7 +121,9 @@ class LanguageModel::TrainingStep {
   RmsNormFwdArgs norm(size_t i) const;
   RmsNormFwdArgs norm_again(size_t i) const;
   RmsNormBwdArgs norm_bwd(size_t i) const;
-  MixerTrainArgs mixer(size_t i) const { return {normed_, args_.cu_seqlens, saved_[i]}; }
+  MixerTrainArgs mixer(size_t i) const {
+    return {normed_, cu_seqlens_, args_.cu_seqlens, saved_[i]};
+  }
   Gradient head_gradient() const;
   Head head(int64_t begin, int64_t length) const;
   EmbeddingBwdArgs embedding_bwd() const;
@@ -95,27 +135,32 @@ class LanguageModel::TrainingStep {
   const LanguageModel& model_;
   const LanguageModelTrainArgs& args_;
   int64_t tokens_, d_model_;
-  std::vector<int64_t> token_ids_, targets_;
+  Integers token_ids_, targets_;
+  TensorView cu_seqlens_;              // of the device
   std::vector<TensorView> residuals_;  // what enters each norm: (tokens, d_model), float32
   std::vector<void*> saved_;     // of each layer's mixer; layers that are computed again share one
   TensorView normed_, dnormed_;  // (batch, seqlen, d_model)
   TensorView hidden_;            // (batch, seqlen, d_model): also its gradient
   TensorView dresidual_;         // (tokens, d_model), float32
-  TensorView logits_, position_loss_, lse_;  // of kHeadTokens positions, float32
-  float dloss_ = 0;                          // by each position's loss
+  TensorView logits_, lse_;      // of head_tokens() positions, float32
+  TensorView dlogits_;           // like logits_: on a GPU in the type of the activations
+  TensorView position_loss_;     // (tokens), float32
+  TensorView loss_weight_;       // (1), float32: the loss by each position's loss
+  int64_t num_targets_ = 0;
 };
 
 LanguageModel::TrainingStep::TrainingStep(const LanguageModel& model,
                                           const LanguageModelTrainArgs& args,
                                           const Context& context, Scratch& scratch)
     : model_(model), args_(args), d_model_(model.config().d_model) {
-  if (context.device().type != DeviceType::cpu)
-    throw Error(ErrorCode::unsupported, std::string(kOp) + ": runs on the CPU only");
-  check(Checks(kOp, context.device()));
-  token_ids_ = flat_integers(args.token_ids);
-  targets_ = flat_integers(args.targets);
-  dloss_ = 1 / static_cast<float>(num_targets(Checks(kOp, context.device())));
   const Device device = context.device();
+  check(Checks(kOp, device));
+  token_ids_.place(args.token_ids, device, scratch);
+  targets_.place(args.targets, device, scratch);
+  num_targets_ = num_targets(Checks(kOp, device));
+  cu_seqlens_ = args.cu_seqlens;
+  if (cu_seqlens_ && !(device == Device{}))
+    cu_seqlens_ = scratch.tensor(DType::int32, {cu_seqlens_.shape[0]}, device);
   const int64_t batch = args.token_ids.shape[0], seqlen = args.token_ids.shape[1];
   tokens_ = batch * seqlen;
   const auto stream = [&] { return scratch.tensor(DType::float32, {tokens_, d_model_}, device); };
@@ -127,14 +172,18 @@ LanguageModel::TrainingStep::TrainingStep(const LanguageModel& model,
   normed_ = activation();
   dnormed_ = activation();
   hidden_ = activation();
-  const int64_t positions = std::min(tokens_, kHeadTokens);
-  logits_ = scratch.tensor(DType::float32, {positions, model.config().vocab_size}, device);
-  position_loss_ = scratch.tensor(DType::float32, {positions}, device);
+  const int64_t vocab_size = model.config().vocab_size;
+  const int64_t positions = std::min(tokens_, head_tokens(vocab_size, device));
+  logits_ = dlogits_ = scratch.tensor(DType::float32, {positions, vocab_size}, device);
+  if (!(device == Device{}) && model.dtype() != DType::float32)
+    dlogits_ = scratch.tensor(model.dtype(), {positions, vocab_size}, device);
+  position_loss_ = scratch.tensor(DType::float32, {tokens_}, device);
+  loss_weight_ = scratch.tensor(DType::float32, {1}, device);
   lse_ = scratch.tensor(DType::float32, {positions}, device);
 
   std::vector<size_t> sizes;
   for (const Layer& layer : model.layers_)
-    sizes.push_back(layer.mixer->saved_size({normed_, args.cu_seqlens}, context));
+    sizes.push_back(layer.mixer->saved_size({normed_, cu_seqlens_, args.cu_seqlens}, context));
   void* shared = args.recompute_layers
                      ? scratch.bytes(*std::max_element(sizes.begin(), sizes.end()))
                      : nullptr;
@@ -143,11 +192,25 @@ LanguageModel::TrainingStep::TrainingStep(const LanguageModel& model,
 
 void LanguageModel::TrainingStep::check(const Checks& check) const {
   check.rank(args_.token_ids, "token_ids", 2, "(batch, seqlen)");
+  const Device device = model_.context().device();
+  check.require(check.device() == device, [&] {
+    return "the model is on " + to_string(device) + ", the context is of " +
+           to_string(check.device());
+  });
   const Dim batch{"batch", args_.token_ids.shape[0]}, seqlen{"seqlen", args_.token_ids.shape[1]};
-  check.input(args_.token_ids, "token_ids", {batch, seqlen}, {DType::int32, DType::int64});
-  check.token_ids(args_.token_ids, model_.config().vocab_size);
-  check.input(args_.targets, "targets", {batch, seqlen}, {DType::int32, DType::int64});
-  if (args_.cu_seqlens) check.cu_seqlens(args_.cu_seqlens, batch.size, seqlen.size);
+  const Checks check_host(kOp, {});
+  for (const Named& integers :
+       {Named{args_.token_ids, "token_ids"}, Named{args_.targets, "targets"}}) {
+    const bool on_host = is_on_host(integers.tensor);
+    (on_host ? check_host : check)
+        .input(integers.tensor, integers.name, {batch, seqlen}, {DType::int32, DType::int64});
+    check.require(on_host || integers.tensor.is_contiguous(), [&] {
+      return std::string(integers.name) + " is on " + to_string(device) + " and not contiguous";
+    });
+  }
+  if (is_on_host(args_.token_ids))
+    check_host.token_ids(args_.token_ids, model_.config().vocab_size);
+  if (args_.cu_seqlens) check_host.cu_seqlens(args_.cu_seqlens, batch.size, seqlen.size);
   check.require(args_.num_targets >= 0, [&] {
     return "num_targets is " + std::to_string(args_.num_targets) + ", expected at least 0";
   });
@@ -167,16 +230,45 @@ void LanguageModel::TrainingStep::check(const Checks& check) const {
              parameter->second.shape_string();
     });
     check.require(tensor.is_contiguous(), [&] { return what() + " is not contiguous"; });
-    check.require(tensor.device.type == DeviceType::cpu && tensor.data,
-                  [&] { return what() + " has no memory on the CPU"; });
+    check.require(tensor.device == device && tensor.data,
+                  [&] { return what() + " has no memory on " + to_string(device); });
+  }
+}
+
+void LanguageModel::TrainingStep::check_overlap() const {
+  struct Piece {
+    const char *begin, *end;
+    std::string name;
+    bool is_written;
+  };
+  std::vector<Piece> pieces;
+  const auto add = [&](const TensorView& tensor, const std::string& name, bool is_written) {
+    const char* begin = tensor.as<const char>();
+    pieces.push_back({begin, begin + static_cast<size_t>(tensor.numel()) * dtype_size(tensor.dtype),
+                      name, is_written});
+  };
+  for (const auto& [name, gradient] : args_.gradients)
+    add(gradient.tensor, "the gradient of " + name, true);
+  add(args_.loss, "loss", true);
+  if (model_.trainable())
+    for (const auto& [name, parameter] : model_.parameters()) add(parameter, name, false);
+  std::sort(pieces.begin(), pieces.end(),
+            [](const Piece& a, const Piece& b) { return a.begin < b.begin; });
+  const Piece* reaches_on = nullptr;
+  for (const Piece& piece : pieces) {
+    Checks(kOp, {}).require(!reaches_on || reaches_on->end <= piece.begin ||
+                                !(reaches_on->is_written || piece.is_written),
+                            [&] { return reaches_on->name + " overlaps " + piece.name; });
+    if (!reaches_on || piece.end > reaches_on->end) reaches_on = &piece;
   }
 }
 
 int64_t LanguageModel::TrainingStep::num_targets(const Checks& check) const {
   const int64_t vocab_size = model_.config().vocab_size;
+  if (targets_.host.empty()) return args_.num_targets;
   int64_t count = 0;
-  for (size_t i = 0; i < targets_.size(); ++i) {
-    const int64_t target = targets_[i];
+  for (size_t i = 0; i < targets_.host.size(); ++i) {
+    const int64_t target = targets_.host[i];
     if (target == kIgnoredTarget) continue;
     check.require(target >= 0 && target < vocab_size, [&] {
       return "targets holds " + std::to_string(target) + " at position " + std::to_string(i) +
@@ -223,24 +315,26 @@ Gradient LanguageModel::TrainingStep::head_gradient() const {
 LanguageModel::TrainingStep::Head LanguageModel::TrainingStep::head(int64_t begin,
                                                                     int64_t length) const {
   const auto part = [&](const TensorView& all) { return all.slice(0, begin, length); };
-  const TensorView targets = view_of(targets_);
-  const TensorView logits = logits_.slice(0, 0, length), lse = lse_.slice(0, 0, length);
+  const TensorView logits = logits_.slice(0, 0, length), lse = lse_.slice(0, 0, length),
+                   dlogits = dlogits_.slice(0, 0, length);
   Head head;
   head.logits = {part(flat(normed_)), model_.head_, {}, logits};
   head.loss.logits = logits;
-  head.loss.targets = part(targets);
+  head.loss.targets = part(targets_.device);
   head.loss.ignore_index = kIgnoredTarget;
-  head.loss.loss = position_loss_.slice(0, 0, length);
+  head.loss.loss = part(position_loss_);
   head.loss.lse = lse;
   head.loss_bwd.logits = logits;
-  head.loss_bwd.targets = part(targets);
+  head.loss_bwd.targets = part(targets_.device);
   head.loss_bwd.ignore_index = kIgnoredTarget;
   head.loss_bwd.lse = lse;
-  head.loss_bwd.dloss = TensorView(const_cast<float*>(&dloss_), DType::float32, {length}, {0});
-  head.loss_bwd.dlogits = {logits};
+  head.loss_bwd.dloss = loss_weight_;
+  head.loss_bwd.dloss.shape[0] = length;
+  head.loss_bwd.dloss.strides[0] = 0;
+  head.loss_bwd.dlogits = {dlogits};
   head.logits_bwd.x = part(flat(normed_));
   head.logits_bwd.weight = model_.head_;
-  head.logits_bwd.dout = logits;
+  head.logits_bwd.dout = dlogits;
   head.logits_bwd.dx = {part(flat(dnormed_))};
   if (Gradient dweight = head_gradient(); dweight.tensor) {
     dweight.tensor = dweight.tensor.slice(0, 0, model_.config().vocab_size);
@@ -253,7 +347,7 @@ LanguageModel::TrainingStep::Head LanguageModel::TrainingStep::head(int64_t begi
 // A gradient that is shared with the head has that part already.
 EmbeddingBwdArgs LanguageModel::TrainingStep::embedding_bwd() const {
   EmbeddingBwdArgs args;
-  args.token_ids = view_of(token_ids_);
+  args.token_ids = token_ids_.device;
   args.dout = dresidual_;
   args.dweight = gradient_of(args_.gradients, "embedding", kNoLayer);
   if (model_.config().tie_embeddings) args.dweight.accumulate = true;
@@ -283,13 +377,20 @@ size_t LanguageModel::TrainingStep::largest_workspace(const Context& context) co
 }
 
 void LanguageModel::TrainingStep::run(const Exec& exec) const {
+  token_ids_.upload(exec);
+  targets_.upload(exec);
+  if (cu_seqlens_.data != args_.cu_seqlens.data) {
+    const std::vector<int32_t> ends = flat_ends(args_.cu_seqlens);
+    copy_bytes(exec.context, cu_seqlens_.data, ends.data(), sizeof(int32_t) * ends.size(),
+               exec.stream);
+  }
   forward(exec);
   loss(exec);
   backward(exec);
 }
 
 void LanguageModel::TrainingStep::forward(const Exec& exec) const {
-  embedding({view_of(token_ids_), model_.embedding_, residuals_[0]}, exec);
+  embedding({token_ids_.device, model_.embedding_, residuals_[0]}, exec);
   for (size_t i = 0; i < num_layers(); ++i) {
     rms_norm_fwd(norm(i), exec);
     model_.layers_[i].mixer->train_forward(mixer(i), hidden_, exec);
@@ -301,19 +402,25 @@ void LanguageModel::TrainingStep::loss(const Exec& exec) const {
   if (const Gradient dweight = head_gradient(); dweight.tensor && !dweight.accumulate) {
     // Rows that only pad the vocabulary.
     const int64_t used = model_.config().vocab_size * d_model_;
-    std::fill(dweight.tensor.as<float>() + used,
-              dweight.tensor.as<float>() + dweight.tensor.numel(), 0.0f);
+    zero_bytes(exec.context, dweight.tensor.as<float>() + used,
+               sizeof(float) * static_cast<size_t>(dweight.tensor.numel() - used), exec.stream);
   }
-  double sum = 0;
-  for (int64_t begin = 0; begin < tokens_; begin += kHeadTokens) {
-    const Head part = head(begin, std::min(kHeadTokens, tokens_ - begin));
+  const KernelTable& kernels = kernel_table(exec.context);
+  const LossWeightParams weight{
+      targets_.device.dtype,   tokens_, kIgnoredTarget, num_targets_, Strided<1>(targets_.device),
+      loss_weight_.as<float>()};
+  launch(kOp, kernels.loss_weight, weight, exec);
+  const int64_t positions = logits_.shape[0];
+  for (int64_t begin = 0; begin < tokens_; begin += positions) {
+    const Head part = head(begin, std::min(positions, tokens_ - begin));
     linear(part.logits, exec);
     cross_entropy_fwd(part.loss, exec);
-    for (int64_t i = 0; i < part.loss.loss.shape[0]; ++i) sum += part.loss.loss.as<float>()[i];
     cross_entropy_bwd(part.loss_bwd, exec);
     linear_bwd(part.logits_bwd, exec);
   }
-  *args_.loss.as<float>() = static_cast<float>(sum * static_cast<double>(dloss_));
+  const LossSumParams sum{tokens_, position_loss_.as<float>(), loss_weight_.as<float>(),
+                          args_.loss.as<float>()};
+  launch(kOp, kernels.loss_sum, sum, exec);
 }
 
 void LanguageModel::TrainingStep::backward(const Exec& exec) const {
@@ -342,6 +449,7 @@ void LanguageModel::loss_and_gradients(const LanguageModelTrainArgs& args, const
   const TrainingStep step(*this, args, exec.context, scratch);
   Checks(kOp, exec.context.device())
       .workspace(exec, scratch.used() + step.largest_workspace(exec.context));
+  step.check_overlap();
   step.run(scratch.rest(exec));
 }
 

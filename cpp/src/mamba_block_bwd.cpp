@@ -1,7 +1,9 @@
 #include <algorithm>
+#include <string>
 #include <tuple>
 
 #include "checks.h"
+#include "kernels.h"
 #include "mamba_block_parts.h"
 #include "scratch.h"
 #include "ssmcore/causal_conv1d.h"
@@ -25,6 +27,7 @@ struct Plan {
 
   LinearBwdArgs out_proj;
   SelectiveScanBwdArgs scan;
+  ParameterProductParams A_log{};
   LinearBwdArgs dt_proj;
   RmsNormBwdArgs norms[3];
   LinearBwdArgs x_proj;
@@ -79,6 +82,9 @@ void check_weight_gradients(const Checks& check, const MambaBlockWeights& weight
   of(weights.dt_proj.data, gradients.dt_proj, "ddt_proj", dim + Shape{is.dt_rank});
   of(weights.dt_bias, gradients.dt_bias, "ddt_bias", dim);
   of(weights.A, gradients.A, "dA", dim + Shape{is.dstate});
+  of(weights.A, gradients.A_log, "dA_log", dim + Shape{is.dstate});
+  check.require(!gradients.A.tensor || !gradients.A_log.tensor,
+                [] { return std::string("dA and dA_log are both given, expected one of them"); });
   of(weights.D, gradients.D, "dD", dim);
   of(weights.out_proj.data, gradients.out_proj, "dout_proj", d_model + dim);
   of(weights.out_proj_bias, gradients.out_proj_bias, "dout_proj_bias", d_model);
@@ -141,6 +147,15 @@ Plan::Plan(const MambaBlockBwdArgs& args, const Context& context, Scratch& scrat
   scan.du = {channels_first(du)};
   scan.ddelta = {channels_first(ddelta)};
   scan.dA = gradients.A;
+  if (gradients.A_log.tensor) {
+    // Channels are contiguous in memory, as the model has them in A.
+    const TensorView dA =
+        scratch.tensor(is.parameter, {is.dstate.size, dim}, context.device()).transpose(0, 1);
+    scan.dA = {dA};
+    A_log = {is.parameter,          dim,
+             is.dstate.size,        Strided<2>(dA),
+             Strided<2>(weights.A), StridedGradient<2>(gradients.A_log)};
+  }
   scan.dB = {channels_first(d.B)};
   scan.dC = {channels_first(d.C)};
   scan.dD = gradients.D;
@@ -204,6 +219,7 @@ void mamba_block_bwd(const MambaBlockBwdArgs& args, const Exec& exec) {
 
   linear_bwd(plan.out_proj, rest);
   selective_scan_bwd(plan.scan, rest);
+  if (plan.A_log.to) launch(kOp, kernel_table(exec.context).parameter_product, plan.A_log, rest);
   linear_bwd(plan.dt_proj, rest);
   if (plan.has_norms)
     for (const RmsNormBwdArgs& norm : plan.norms) rms_norm_bwd(norm, rest);

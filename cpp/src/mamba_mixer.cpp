@@ -1,6 +1,5 @@
 // The Mamba block as a mixer.
 #include <algorithm>
-#include <cmath>
 
 #include "kernels.h"
 #include "mixer.h"
@@ -25,19 +24,6 @@ int64_t num_chunks(int64_t seqlen, const TensorView& cu_seqlens) {
   return sum;
 }
 
-// dA_log = dA · A, since A = -exp(A_log); all are (dim, dstate).
-void write_A_log_gradient(const TensorView& dA, const TensorView& A, const Gradient& dA_log) {
-  const auto at = [](const TensorView& tensor, int64_t d, int64_t n) -> float& {
-    return tensor.as<float>()[d * tensor.strides[0] + n * tensor.strides[1]];
-  };
-  for (int64_t d = 0; d < A.shape[0]; ++d)
-    for (int64_t n = 0; n < A.shape[1]; ++n) {
-      const float gradient = at(dA, d, n) * at(A, d, n);
-      float& out = at(dA_log.tensor, d, n);
-      out = dA_log.accumulate ? out + gradient : gradient;
-    }
-}
-
 class MambaMixer final : public Mixer {
  public:
   MambaMixer(const ModelConfig& config, int64_t layer, DType dtype, WeightLoader& loader)
@@ -60,8 +46,8 @@ class MambaMixer final : public Mixer {
       weights_.in_proj_bias = loader.parameter("mixer.in_proj.bias", layer, {2 * dim});
       weights_.out_proj_bias = loader.parameter("mixer.out_proj.bias", layer, {d_model});
     }
-    weights_.A = loader.channels_last("mixer.A_log", layer, {dim, dstate},
-                                      [](float A_log) { return -std::exp(A_log); });
+    weights_.A =
+        loader.channels_last("mixer.A_log", layer, {dim, dstate}, ParameterMap::negative_exp);
     weights_.dt_B_C_norm_eps = config.mixer_norm_eps;
   }
 
@@ -99,11 +85,10 @@ class MambaMixer final : public Mixer {
 
   size_t train_workspace_size(const MixerTrainArgs& args, const NamedGradients& gradients,
                               const Context& context) const override {
-    Scratch scratch = Scratch::nowhere();
     // x stands for what has its shape.
-    const MambaBlockBwdArgs bwd = backward_block(args, args.x, args.x, gradients, scratch);
+    const MambaBlockBwdArgs bwd = backward_block(args, args.x, args.x, gradients);
     return std::max(mamba_block_train_fwd_workspace_size(forward_block(args, args.x), context),
-                    scratch.used() + mamba_block_bwd_workspace_size(bwd, context));
+                    mamba_block_bwd_workspace_size(bwd, context));
   }
 
   void train_forward(const MixerTrainArgs& args, const TensorView& out,
@@ -113,11 +98,7 @@ class MambaMixer final : public Mixer {
 
   void backward(const MixerTrainArgs& args, const TensorView& dout, const TensorView& dx,
                 const NamedGradients& gradients, const Exec& exec) const override {
-    Scratch scratch(exec.workspace);
-    const MambaBlockBwdArgs bwd = backward_block(args, dout, dx, gradients, scratch);
-    mamba_block_bwd(bwd, scratch.rest(exec));
-    const Gradient dA_log = gradient_of(gradients, "mixer.A_log", layer_);
-    if (dA_log.tensor) write_A_log_gradient(bwd.dweights.A.tensor, weights_.A, dA_log);
+    mamba_block_bwd(backward_block(args, dout, dx, gradients), exec);
   }
 
  private:
@@ -195,7 +176,7 @@ class MambaMixer final : public Mixer {
     saved.delta_B_C = activation(weights_.x_proj.rows());
     saved.y = activation(dim);
     // Channels are contiguous in memory, as in the states.
-    const int64_t chunks = num_chunks(seqlen, args.cu_seqlens);
+    const int64_t chunks = num_chunks(seqlen, args.host_cu_seqlens);
     saved.chunk_states =
         scratch.tensor(DType::float32, {batch, chunks, dstate, dim}, args.x.device).transpose(2, 3);
     return saved;
@@ -212,10 +193,8 @@ class MambaMixer final : public Mixer {
     return block;
   }
 
-  // The gradient of A, of which that of A_log is made, lies in the scratch.
   MambaBlockBwdArgs backward_block(const MixerTrainArgs& args, const TensorView& dout,
-                                   const TensorView& dx, const NamedGradients& gradients,
-                                   Scratch& scratch) const {
+                                   const TensorView& dx, const NamedGradients& gradients) const {
     MambaBlockBwdArgs block;
     block.weights = &weights_;
     block.x = args.x;
@@ -234,9 +213,7 @@ class MambaMixer final : public Mixer {
     dweights.x_proj = of("mixer.x_proj.weight");
     dweights.dt_proj = of("mixer.dt_proj.weight");
     dweights.dt_bias = of("mixer.dt_proj.bias");
-    dweights.A = {
-        scratch.tensor(DType::float32, {weights_.A.shape[1], weights_.A.shape[0]}, args.x.device)
-            .transpose(0, 1)};
+    dweights.A_log = of("mixer.A_log");
     dweights.D = of("mixer.D");
     dweights.out_proj = of("mixer.out_proj.weight");
     dweights.out_proj_bias = of("mixer.out_proj.bias");

@@ -1,6 +1,11 @@
 #include "memory.h"
 
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <fstream>
+#include <string>
 
 #include "cuda_backend.h"
 
@@ -20,6 +25,17 @@ void zero_bytes(const Context& context, void* to, size_t bytes, void* stream) {
     cuda::zero_bytes(context.cuda(), to, bytes, stream);
   else
     std::memset(to, 0, bytes);
+}
+
+size_t available_host_memory() {
+  size_t available = SIZE_MAX;
+  std::ifstream meminfo("/proc/meminfo");
+  for (std::string line; std::getline(meminfo, line);)
+    if (line.rfind("MemAvailable:", 0) == 0)
+      available = std::strtoull(line.c_str() + line.find(':') + 1, nullptr, 10) << 10;
+  size_t limit;
+  if (std::ifstream("/sys/fs/cgroup/memory.max") >> limit) available = std::min(available, limit);
+  return available;
 }
 
 }  // namespace ssmcore

@@ -11,6 +11,10 @@ namespace ssmcore {
 // host, `from` may change, and `to` is written, once this returns.
 void copy_bytes(const Context& context, void* to, const void* from, size_t bytes, void* stream);
 
+// Of the host, as far as the system says: what can be had without swapping, within the limit of the
+// container. SIZE_MAX where it says nothing.
+size_t available_host_memory();
+
 // Of the context's device.
 void zero_bytes(const Context& context, void* to, size_t bytes, void* stream);
 

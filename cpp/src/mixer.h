@@ -30,9 +30,10 @@ struct MixerFwdArgs {
 
 // Training on whole sequences from their start.
 struct MixerTrainArgs {
-  TensorView x;           // (batch, seqlen, d_model), contiguous, activation type
-  TensorView cu_seqlens;  // optional (sequences + 1), int32: packed
-  void* saved = nullptr;  // what the forward pass leaves for the backward pass
+  TensorView x;                // (batch, seqlen, d_model), contiguous, activation type
+  TensorView cu_seqlens;       // optional (sequences + 1), int32: packed
+  TensorView host_cu_seqlens;  // the same in memory of the host
+  void* saved = nullptr;       // what the forward pass leaves for the backward pass
 };
 
 // One token of each row through a whole layer: residual += mixer(norm(residual)).

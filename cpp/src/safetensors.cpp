@@ -23,11 +23,6 @@ using nlohmann::json;
 constexpr size_t kLengthBytes = 8;
 constexpr uint64_t kMaxHeaderBytes = 100'000'000;  // as the format's own reader has it
 
-constexpr std::pair<const char*, DType> kDTypes[] = {
-    {"F32", DType::float32}, {"F64", DType::float64}, {"BF16", DType::bfloat16},
-    {"F16", DType::float16}, {"I32", DType::int32},   {"I64", DType::int64},
-};
-
 // Builds the views while the header is parsed, so that no document is held in memory and depth and
 // repeated names are seen as they come.
 class HeaderReader : public nlohmann::json_sax<json> {
@@ -222,11 +217,12 @@ void HeaderReader::add_tensor() {
 // A view of the entry's dtype and shape, without data.
 TensorView HeaderReader::shaped() const {
   TensorView view;
-  const auto* known = std::find_if(std::begin(kDTypes), std::end(kDTypes),
+  const auto* known = std::find_if(std::begin(kSafetensorsTypes), std::end(kSafetensorsTypes),
                                    [&](const auto& dtype) { return dtype.first == *entry_.dtype; });
-  if (known == std::end(kDTypes)) {
+  if (known == std::end(kSafetensorsTypes)) {
     std::string names;
-    for (const auto& dtype : kDTypes) names += std::string(names.empty() ? "" : ", ") + dtype.first;
+    for (const auto& dtype : kSafetensorsTypes)
+      names += std::string(names.empty() ? "" : ", ") + dtype.first;
     fail_tensor("dtype " + shown(*entry_.dtype) + " is not supported (supported: " + names + ")");
   }
   view.dtype = known->second;

@@ -103,9 +103,15 @@ Gradient gradient_of(const NamedGradients& gradients, const std::string& field, 
   return {};
 }
 
-WeightLoader::WeightLoader(const TensorMap& stored, const Context& context,
-                           std::vector<Buffer>& buffers, const LoadProgress& progress)
-    : stored_(stored), context_(context), buffers_(buffers), progress_(progress) {
+WeightLoader::WeightLoader(const TensorMap& stored, const Context& context, DType dtype,
+                           std::vector<Buffer>& buffers, std::vector<ParameterCopyParams>* copies,
+                           const LoadProgress& progress)
+    : stored_(stored),
+      context_(context),
+      dtype_(dtype),
+      buffers_(buffers),
+      copies_(copies),
+      progress_(progress) {
   for (const auto& [name, tensor] : stored.tensors) total_bytes_ += bytes_of(tensor);
 }
 
@@ -124,8 +130,10 @@ TensorView WeightLoader::take(const std::string& field, int64_t layer,
         tensor.dtype != DType::float16)
       fail("tensor " + name + " has dtype " + dtype_name(tensor.dtype) +
            ", expected float32, bfloat16 or float16");
-    if (tensor.device.type != DeviceType::cpu)
-      fail("tensor " + name + " is on " + to_string(tensor.device) + ", expected cpu");
+    const Device device = copies_ ? context_.device() : Device{};
+    if (!(tensor.device == device))
+      fail("tensor " + name + " is on " + to_string(tensor.device) + ", expected " +
+           to_string(device));
     if (!tensor.is_contiguous()) fail("tensor " + name + " is not contiguous");
     taken_[name] = tensor;
     return tensor;
@@ -163,7 +171,14 @@ TensorView WeightLoader::matrix(const std::string& field, int64_t layer, int64_t
                                 int64_t cols) {
   const TensorView stored = take(field, layer, {rows, cols});
   TensorView matrix = stored;
-  if (is_on_gpu() || reinterpret_cast<uintptr_t>(stored.data) % dtype_size(stored.dtype) != 0) {
+  if (copies_) {
+    if (is_on_gpu() && dtype_ != DType::float32) {
+      matrix = allocate(dtype_, {rows, cols});
+      copies_->push_back(
+          {rows, cols, ParameterMap::identity, Strided<2>(stored), dtype_, Strided<2>(matrix)});
+    }
+  } else if (is_on_gpu() ||
+             reinterpret_cast<uintptr_t>(stored.data) % dtype_size(stored.dtype) != 0) {
     matrix = allocate(stored.dtype, {rows, cols});
     copy_bytes(context_, matrix.data, stored.data, bytes_of(stored), nullptr);
   }
@@ -174,6 +189,10 @@ TensorView WeightLoader::matrix(const std::string& field, int64_t layer, int64_t
 TensorView WeightLoader::parameter(const std::string& field, int64_t layer,
                                    std::initializer_list<int64_t> shape) {
   const TensorView stored = take(field, layer, shape);
+  if (copies_) {
+    count(stored);
+    return stored;
+  }
   const TensorView converted = make(shape, [&](float* to) {
     to_float32(stored.as<const char>(), stored.dtype, stored.numel(), to);
   });
@@ -182,14 +201,19 @@ TensorView WeightLoader::parameter(const std::string& field, int64_t layer,
 }
 
 TensorView WeightLoader::channels_last(const std::string& field, int64_t layer,
-                                       std::initializer_list<int64_t> shape,
-                                       float (*function)(float)) {
+                                       std::initializer_list<int64_t> shape, ParameterMap map) {
   const TensorView stored = take(field, layer, shape);
   const int64_t dim = stored.shape[0], n = stored.numel() / dim;
+  if (copies_) {
+    const TensorView columns = allocate(DType::float32, {n, dim}).transpose(0, 1);
+    const TensorView rows(stored.data, DType::float32, {dim, n}, stored.device);
+    copies_->push_back({dim, n, map, Strided<2>(rows), DType::float32, Strided<2>(columns)});
+    count(stored);
+    return columns;
+  }
   std::vector<float> rows(static_cast<size_t>(stored.numel()));
   to_float32(stored.as<const char>(), stored.dtype, stored.numel(), rows.data());
-  if (function)
-    for (float& value : rows) value = function(value);
+  for (float& value : rows) value = apply(map, value);
   const TensorView columns = make({n, dim}, [&](float* to) {
     for (int64_t d = 0; d < dim; ++d)
       for (int64_t i = 0; i < n; ++i) to[i * dim + d] = rows[static_cast<size_t>(d * n + i)];

@@ -15,6 +15,7 @@ enum class Fault {
   causal_conv1d_shared_slot,
   causal_conv1d_cache_seqlens,
   embedding_token_ids,
+  cross_entropy_targets,
   sample_history,
   sample_setting,
   sample_logits,

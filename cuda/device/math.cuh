@@ -1,4 +1,4 @@
-// Elementary functions in float32, as accurate as the results ask for.
+// Elementary functions, in float32 as accurate as the results ask for.
 #pragma once
 
 namespace ssmcore::cuda {
@@ -38,6 +38,25 @@ __device__ __forceinline__ float sigmoid(float x) {
 }
 
 __device__ __forceinline__ float silu(float x) {
+  return x * sigmoid(x);
+}
+
+// The derivative of silu.
+__device__ __forceinline__ float silu_slope(float x) {
+  const float s = sigmoid(x);
+  return s * (1.0f + x * (1.0f - s));
+}
+
+// The same in float64, for checking.
+__device__ inline double softplus(double x) {
+  return x > 20 ? x : log1p(exp(x));
+}
+
+__device__ inline double sigmoid(double x) {
+  return 1 / (1 + exp(-x));
+}
+
+__device__ inline double silu(double x) {
   return x * sigmoid(x);
 }
 

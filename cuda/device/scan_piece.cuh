@@ -75,18 +75,6 @@ struct PieceCut {
   }
 };
 
-template <int kBytes>
-__device__ __forceinline__ void copy_async(uint32_t* to, const void* from) {
-  const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  if constexpr (kBytes == 16)
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(from)
-                 : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %2;" ::"r"(shared), "l"(from),
-                 "n"(kBytes)
-                 : "memory");
-}
-
 // Where in shared memory a thread keeps a piece until it uses it. Slots of kThreads neighbours are
 // interleaved in 16 bytes.
 template <typename Piece, int kThreads>

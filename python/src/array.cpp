@@ -3,7 +3,9 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "call.h"
@@ -15,13 +17,16 @@ namespace py = pybind11;
 namespace ssmcore {
 namespace {
 
-// The memory of an array, of its reshaped views, and of what has been exported of it.
+// The memory of an array, of its reshaped views, and of what has been exported of it: its own, or
+// kept by another owner.
 class Storage {
  public:
   Storage(Device device, size_t bytes)
       : context_(context_of(device)),
         stream_(own_stream(device)),
         buffer_(context_.allocator(), bytes, "an array", stream_) {}
+  Storage(Device device, std::shared_ptr<const void> owner)
+      : context_(context_of(device)), stream_(own_stream(device)), owner_(std::move(owner)) {}
 
   // The memory may be in use on streams of those it was given to: it is free after them.
   ~Storage() {
@@ -50,6 +55,7 @@ class Storage {
   Context& context_;
   void* stream_;
   Buffer buffer_;
+  std::shared_ptr<const void> owner_;
   std::mutex mutex_;
   std::vector<void*> users_;
 };
@@ -230,6 +236,10 @@ py::capsule to_dlpack(const Array& array, const py::object& stream, const py::ob
 }
 
 }  // namespace
+
+py::object array_of(const TensorView& view, std::shared_ptr<const void> owner) {
+  return py::cast(Array{std::make_shared<Storage>(view.device, std::move(owner)), view});
+}
 
 void bind_arrays(py::module_& module) {
   py::class_<Array>(module, "Array")

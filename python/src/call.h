@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <shared_mutex>
 #include <string>
 #include <vector>
@@ -92,8 +93,12 @@ class Call {
   std::vector<Borrowed> borrowed_;
 };
 
+// A contiguous view as an ssmcore.Array, whose memory `owner` keeps.
+pybind11::object array_of(const TensorView& view, std::shared_ptr<const void> owner);
+
 void bind_arrays(pybind11::module_& module);
 void bind_ops(pybind11::module_& module);
 void bind_model(pybind11::module_& module);
+void bind_trainer(pybind11::module_& module);
 
 }  // namespace ssmcore

@@ -8,6 +8,7 @@
 #include "call.h"
 #include "ssmcore/checkpoint.h"
 #include "ssmcore/decoder.h"
+#include "ssmcore/initial_checkpoint.h"
 #include "ssmcore/language_model.h"
 #include "ssmcore/stream.h"
 
@@ -162,6 +163,10 @@ py::dict parameters(const py::object& self) {
                 "language_model: parameters of a model that is not trainable");
   py::dict arrays;
   for (const auto& [name, tensor] : model.parameters()) {
+    if (tensor.device.type == DeviceType::cuda) {
+      arrays[py::str(name)] = array_of(tensor, model.checkpoint().tensors.owner);
+      continue;
+    }
     const std::vector<py::ssize_t> shape(tensor.shape, tensor.shape + tensor.rank);
     arrays[py::str(name)] = py::array_t<float>(shape, tensor.as<const float>(), self);
   }
@@ -176,30 +181,35 @@ py::dict parameter_shapes(const LanguageModel& model) {
   return shapes;
 }
 
-void refresh(LanguageModel& model) {
+// `stream` is that of whoever has written the parameters, None where that is the host.
+void refresh(LanguageModel& model, py::handle stream) {
+  const Context& context = model.context();
+  void* const own = stream_of(context);
+  void* const theirs = stream.is_none() ? own : reinterpret_cast<void*>(stream.cast<uintptr_t>());
   const py::gil_scoped_release release;
   const std::unique_lock<std::shared_mutex> lock(calls());
-  model.refresh();
+  wait_for(context, own, theirs);
+  model.refresh(own);
 }
 
 float loss_and_gradients(const LanguageModel& model, py::handle token_ids, py::handle targets,
                          py::handle cu_seqlens, const py::dict& gradients, bool accumulate,
                          int64_t num_targets, bool recompute_layers) {
   const std::string op = "loss_and_gradients: ";
+  const Context& context = model.context();
+  void* const stream = stream_of(context);
   std::vector<Borrowed> borrowed;
   const auto array = [&](py::handle object, const std::string& name) {
     if (object.is_none()) return TensorView();
-    borrowed.push_back(borrow(object, op + name));
+    borrowed.push_back(borrow(object, op + name, stream));
     return borrowed.back().view;
   };
-  float loss = 0;
   LanguageModelTrainArgs args;
   args.token_ids = array(token_ids, "token_ids");
   args.targets = array(targets, "targets");
   args.cu_seqlens = array(cu_seqlens, "cu_seqlens");
   args.num_targets = num_targets;
   args.recompute_layers = recompute_layers;
-  args.loss = TensorView(&loss, DType::float32, {1});
   for (const auto& [key, gradient] : gradients) {
     const auto name = key.cast<std::string>();
     args.gradients[name] = {array(gradient, "the gradient of " + name), accumulate};
@@ -207,18 +217,24 @@ float loss_and_gradients(const LanguageModel& model, py::handle token_ids, py::h
       throw Error(ErrorCode::invalid_argument,
                   op + "the gradient of " + name + " is read-only, but would be written");
   }
-  const Context& context = cpu_context();
   const py::gil_scoped_release release;
   const std::shared_lock<std::shared_mutex> lock(calls());
+  const Buffer loss(context.allocator(), sizeof(float), "the loss", stream);
+  args.loss = loss.view(DType::float32, {1});
   const Buffer workspace(context.allocator(),
                          model.loss_and_gradients_workspace_size(args, context),
-                         "the activations of a training step");
-  model.loss_and_gradients(args, Exec{context, nullptr, workspace.data(), workspace.bytes()});
-  return loss;
+                         "the activations of a training step", stream);
+  const Exec exec{context, stream, workspace.data(), workspace.bytes()};
+  model.loss_and_gradients(args, exec);
+  // Gradients of other libraries are whole when this returns.
+  float value = 0;
+  copy(args.loss, TensorView(&value, DType::float32, {1}), exec);
+  context.synchronize(stream);
+  return value;
 }
 
 void save_model(const LanguageModel& model, const std::string& folder) {
-  save_checkpoint(model.checkpoint(), folder);
+  model.save(folder);
 }
 
 const char* format_name(const ModelConfig& config) {
@@ -247,12 +263,15 @@ void bind_model(py::module_& module) {
       .def_readonly("eos_token_ids", &ModelConfig::eos_token_ids);
 
   module.def("open_model_config", &open_model_config, py::arg("folder"));
+  module.def("parse_model_config", &parse_model_config, py::arg("json"));
   module.def("open_shard_index", &open_shard_index, py::arg("path"));
 
   py::class_<Checkpoint>(module, "Checkpoint")
       .def_static("open", &open_checkpoint, py::arg("folder"),
                   py::call_guard<py::gil_scoped_release>())
       .def_static("from_tensors", &checkpoint_from_tensors, py::arg("config"), py::arg("tensors"))
+      .def_static("initial", &initial_checkpoint, py::arg("config"), py::arg("seed"),
+                  py::call_guard<py::gil_scoped_release>())
       .def_readonly("config", &Checkpoint::config)
       .def("tensors", &describe_tensors);
 
@@ -302,7 +321,7 @@ void bind_model(py::module_& module) {
       .def_property_readonly("trainable", &LanguageModel::trainable)
       .def("parameters", &parameters)
       .def("parameter_shapes", &parameter_shapes)
-      .def("refresh", &refresh)
+      .def("refresh", &refresh, py::arg("stream") = py::none())
       .def("loss_and_gradients", &loss_and_gradients, py::arg("token_ids"), py::arg("targets"),
            py::arg("cu_seqlens"), py::arg("gradients"), py::arg("accumulate"),
            py::arg("num_targets"), py::arg("recompute_layers"))

@@ -25,6 +25,8 @@ const char* error_class(ErrorCode code) {
     case ErrorCode::not_found:
     case ErrorCode::invalid_checkpoint:
       return "InvalidArgumentError";
+    case ErrorCode::not_finite:
+      return "NotFiniteError";
     default:
       return "BackendError";
   }
@@ -58,4 +60,5 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   bind_arrays(module);
   bind_ops(module);
   bind_model(module);
+  bind_trainer(module);
 }

@@ -1,6 +1,7 @@
 // The operators, each taking the fields of its C++ arguments as keywords. ssmcore/ops.py gives them
 // their public form.
 #include "call.h"
+#include "ssmcore/adamw.h"
 #include "ssmcore/causal_conv1d.h"
 #include "ssmcore/cross_entropy.h"
 #include "ssmcore/embedding.h"
@@ -248,6 +249,33 @@ void py_cross_entropy_bwd(const py::kwargs& arguments) {
   call.run(cross_entropy_bwd_workspace_size, cross_entropy_bwd, args);
 }
 
+void py_sum_of_squares(const py::kwargs& arguments) {
+  Call call("sum_of_squares", arguments);
+  SumOfSquaresArgs args;
+  args.x = call.input("x");
+  args.out = call.output("out");
+  call.run(sum_of_squares_workspace_size, sum_of_squares, args);
+}
+
+void py_adamw(const py::kwargs& arguments) {
+  Call call("adamw", arguments);
+  AdamWArgs args;
+  args.parameter = call.output("parameter");
+  args.master = call.output("master");
+  args.gradient = call.input("gradient");
+  args.exp_avg = call.output("exp_avg");
+  args.exp_avg_sq = call.output("exp_avg_sq");
+  args.sum_of_squares = call.input("sum_of_squares");
+  args.max_norm = call.value<double>("max_norm");
+  args.step = call.value<int64_t>("step");
+  args.lr = call.value<double>("lr");
+  args.beta1 = call.value<double>("beta1");
+  args.beta2 = call.value<double>("beta2");
+  args.eps = call.value<double>("eps");
+  args.weight_decay = call.value<double>("weight_decay");
+  call.run<AdamWArgs>(nullptr, adamw, args);
+}
+
 void py_sample(const py::kwargs& arguments) {
   Call call("sample", arguments);
   SampleArgs args;
@@ -345,7 +373,7 @@ void py_mamba_block_bwd(const py::kwargs& arguments) {
   args.dweights.x_proj = call.gradient("dx_proj");
   args.dweights.dt_proj = call.gradient("ddt_proj");
   args.dweights.dt_bias = call.gradient("ddt_bias");
-  args.dweights.A = call.gradient("dA");
+  args.dweights.A_log = call.gradient("dA_log");
   args.dweights.D = call.gradient("dD");
   args.dweights.out_proj = call.gradient("dout_proj");
   args.dweights.out_proj_bias = call.gradient("dout_proj_bias");
@@ -369,6 +397,8 @@ void bind_ops(py::module_& module) {
   module.def("embedding_bwd", &py_embedding_bwd);
   module.def("cross_entropy", &py_cross_entropy);
   module.def("cross_entropy_bwd", &py_cross_entropy_bwd);
+  module.def("sum_of_squares", &py_sum_of_squares);
+  module.def("adamw", &py_adamw);
   module.def("sample", &py_sample);
   module.def("mamba_block", &py_mamba_block);
   module.def("mamba_block_train_fwd", &py_mamba_block_train_fwd);

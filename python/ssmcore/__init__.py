@@ -12,12 +12,14 @@ from ssmcore import ops
 from ssmcore._core import __version__, num_threads, set_num_threads
 from ssmcore.arrays import Array, array, cuda_device_count, empty, synchronize
 from ssmcore.decoder import Decoder
-from ssmcore.errors import BackendError, Error, InvalidArgumentError
+from ssmcore.errors import BackendError, Error, InvalidArgumentError, NotFiniteError
+from ssmcore.initialization import create
 from ssmcore.library import get_library
 from ssmcore.loading import load, save
 from ssmcore.model import Model
 from ssmcore.scoring import Score
 from ssmcore.state import State
+from ssmcore.trainer import Trainer, TrainingStep
 
 __all__ = [
     "Array",
@@ -26,10 +28,14 @@ __all__ = [
     "Error",
     "InvalidArgumentError",
     "Model",
+    "NotFiniteError",
     "Score",
     "State",
+    "Trainer",
+    "TrainingStep",
     "__version__",
     "array",
+    "create",
     "cuda_device_count",
     "empty",
     "get_library",

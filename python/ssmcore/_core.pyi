@@ -272,6 +272,24 @@ def cross_entropy_bwd(
     dlogits: AnyArray,
     accumulate: Collection[str] = (),
 ) -> None: ...
+def sum_of_squares(*, on: Any, x: AnyArray, out: AnyArray) -> None: ...
+def adamw(
+    *,
+    on: Any,
+    parameter: AnyArray,
+    master: AnyArray | None,
+    gradient: AnyArray,
+    exp_avg: AnyArray,
+    exp_avg_sq: AnyArray,
+    sum_of_squares: AnyArray | None,
+    max_norm: float,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None: ...
 def sample(
     *,
     on: Any,
@@ -425,6 +443,9 @@ class ModelConfig:
     @property
     def eos_token_ids(self) -> list[int]: ...
 
+def parse_model_config(json: str) -> ModelConfig:
+    """The text of a config.json; InvalidArgumentError if it describes no model."""
+
 def open_model_config(folder: str) -> ModelConfig:
     """Reads config.json and generation_config.json; InvalidArgumentError for no known model."""
 
@@ -440,10 +461,49 @@ class Checkpoint:
     @staticmethod
     def from_tensors(config: ModelConfig, tensors: dict[str, AnyArray]) -> Checkpoint:
         """Borrows the arrays for as long as the checkpoint, or a model of it, lives."""
+    @staticmethod
+    def initial(config: ModelConfig, seed: int) -> Checkpoint:
+        """Random weights, drawn as the published implementation draws them."""
     @property
     def config(self) -> ModelConfig: ...
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """The dtype and shape of every tensor, by its stored name."""
+
+class TrainerStep:
+    @property
+    def step(self) -> int: ...
+    @property
+    def loss(self) -> float: ...
+    @property
+    def grad_norm(self) -> float: ...
+    @property
+    def lr(self) -> float: ...
+
+class Trainer:
+    """`ssmcore.Trainer`, whose settings are all keywords here."""
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        *,
+        lr: float,
+        warmup_steps: int,
+        total_steps: int,
+        final_lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        max_grad_norm: float,
+        micro_batch: int,
+        recompute_layers: bool,
+    ) -> None: ...
+    @property
+    def steps_taken(self) -> int: ...
+    def lr(self, step: int) -> float: ...
+    def step(self, token_ids: np.ndarray, targets: np.ndarray) -> TrainerStep: ...
+    def save(self, path: str) -> None: ...
+    def load(self, path: str) -> None: ...
 
 class ModelState:
     """The memory of running sequences, one slot each; `LanguageModel.new_state` makes it."""
@@ -491,17 +551,17 @@ class LanguageModel:
     def num_parameters(self) -> int: ...
     @property
     def trainable(self) -> bool: ...
-    def parameters(self) -> dict[str, np.ndarray]:
+    def parameters(self) -> dict[str, AnyArray]:
         """Those of a trainable model, by their stored names, to be written."""
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]: ...
-    def refresh(self) -> None:
-        """Takes over what has been written to the parameters."""
+    def refresh(self, stream: int | None = None) -> None:
+        """Takes over what has been written to the parameters, by the host or on `stream`."""
     def loss_and_gradients(
         self,
         token_ids: AnyArray,
         targets: AnyArray,
         cu_seqlens: AnyArray | None,
-        gradients: dict[str, np.ndarray],
+        gradients: dict[str, AnyArray],
         accumulate: bool,
         num_targets: int,
         recompute_layers: bool,

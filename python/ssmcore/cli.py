@@ -1,4 +1,4 @@
-"""The command line: `ssmcore generate`, `eval`, `info` and `bench`."""
+"""The command line: `ssmcore generate`, `eval`, `train`, `info` and `bench`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import ssmcore
+from ssmcore.cli_train import add_train
 from ssmcore.generate import Generation, GenerationSettings
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ def _make_parser() -> argparse.ArgumentParser:
         help="score windows of N tokens, each from an empty state (default: a file as one)",
     )
     evaluate.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    add_train(commands)
 
     bench = commands.add_parser(
         "bench", parents=[common], help="measure reading and generating by batch size"

@@ -12,5 +12,9 @@ class InvalidArgumentError(Error, ValueError):
     """An argument, path or checkpoint that the function does not take."""
 
 
+class NotFiniteError(Error, ArithmeticError):
+    """Training met an infinity or a NaN: the message names the step and the tensor."""
+
+
 class BackendError(Error, RuntimeError):
     """A valid request that this build or device cannot meet, or a failure of the device."""

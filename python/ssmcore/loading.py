@@ -16,7 +16,7 @@ from ssmcore.errors import InvalidArgumentError
 from ssmcore.model import Model
 from ssmcore.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 
-_BUNDLED = Path(__file__).parent / "assets" / "mamba1-prose"
+BUNDLED = Path(__file__).parent / "assets" / "mamba1-prose"
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 _HUB_FILES = (
@@ -58,12 +58,12 @@ def load(
             small model that comes with ssmcore.
         device: where the weights go and the model runs: "cpu", "cuda" for the first GPU, or
             "cuda:1" and so on. "auto": the first GPU if this build and machine have one, else the
-            CPU, and always that where trainable.
+            CPU.
         dtype: of the activations: "float32", "bfloat16" or "float16" (or "fp32", "bf16",
             "fp16"); weights stay as stored. "auto": float32 on the CPU, and on a GPU the type
             most weights are stored in.
         trainable: copy the weights as float32 to memory where `Model.parameters` may be written.
-            On the CPU alone.
+            On a GPU matrices are then used in the type of the activations.
         batch_invariant: make the bits of a sequence's results on a GPU independent of its batch,
             for some speed. On the CPU they always are.
         progress: called as `progress(done, total)` with bytes of the checkpoint. What it raises
@@ -77,10 +77,8 @@ def load(
             ssmcore knows or a damaged one, and an unknown device or dtype.
         BackendError: for a device that this build or machine does not have, and out of memory.
     """
-    if trainable and device == "auto":
-        device = "cpu"
     device, activations = resolved_device(device), dtype_of(dtype)
-    folder = _BUNDLED if path_or_hub_id is None else find_folder(path_or_hub_id)
+    folder = BUNDLED if path_or_hub_id is None else find_folder(path_or_hub_id)
     is_torch = any((folder / name).exists() for name in (_TORCH_FILE, _TORCH_INDEX))
     if is_torch and not _has_safetensors(folder):
         checkpoint = _open_torch_checkpoint(folder)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from ssmcore import _core
 from ssmcore._arrays import gpu_of, reshaped
 from ssmcore._outputs import library_of
 from ssmcore.decoder import Decoder
@@ -16,8 +17,8 @@ from ssmcore.scoring import Score, sum_nats, windows_of
 from ssmcore.state import State
 from ssmcore.tokenizer import Tokenizer, as_int32, as_token_ids
 
-if TYPE_CHECKING:
-    from ssmcore import _core
+# CUDA's handle for the default stream.
+_DEFAULT_STREAM = 1
 
 
 class Model:
@@ -155,11 +156,13 @@ class Model:
         return library.hand_over(out)
 
     @property
-    def parameters(self) -> dict[str, np.ndarray]:
+    def parameters(self) -> dict[str, Any]:
         """The float32 weights of a trainable model by their stored names, to be read and written.
 
-        The model follows what has been written with the next `refresh`. Nothing else may use it
-        meanwhile. Raises InvalidArgumentError for a model that was not loaded as trainable.
+        NumPy arrays, or on a GPU `ssmcore.Array`s, which other libraries take over by DLPack
+        (`torch.from_dlpack`). The model follows what has been written with the next `refresh`.
+        Nothing else may use it meanwhile. Raises InvalidArgumentError for a model that was not
+        loaded as trainable.
         """
         if not self._language_model.trainable:
             raise InvalidArgumentError(
@@ -167,9 +170,14 @@ class Model:
             )
         return self._language_model.parameters()
 
-    def refresh(self) -> None:
-        """Takes over what has been written to `parameters`."""
-        self._language_model.refresh()
+    def refresh(self, stream: int | None = None) -> None:
+        """Takes over what has been written to `parameters`.
+
+        On a GPU in the order of `stream`, the handle of the CUDA stream on which it was written;
+        None: the default stream.
+        """
+        on_gpu = self.device != "cpu"
+        self._language_model.refresh((stream or _DEFAULT_STREAM) if on_gpu else None)
 
     def loss_and_gradients(
         self,
@@ -177,20 +185,22 @@ class Model:
         targets: Any,
         *,
         cu_seqlens: Any = None,
-        gradients: dict[str, np.ndarray] | None = None,
+        gradients: dict[str, Any] | None = None,
         num_targets: int | None = None,
         recompute_layers: bool = False,
-    ) -> tuple[float, dict[str, np.ndarray]]:
+    ) -> tuple[float, dict[str, Any]]:
         """One training step without the update: the mean cross entropy, and its gradients.
 
         Args:
             token_ids: (B, T) or (T,) integers below `config.vocab_size`: sequences from their
-                start.
-            targets: integers of the same shape: what each position should predict; -100 where
-                nothing is asked.
+                start. Those in memory of the model's GPU, int32 or int64 and contiguous, stay
+                there, and one that is out of range is reported by a later call.
+            targets: integers of the same shape, likewise: what each position should predict; -100
+                where nothing is asked.
             cu_seqlens: (S + 1,) integers: packed sequences, as in `forward`.
-            gradients: float32 arrays by parameter name, which are added to; of parameters that it
-                does not name none is computed. None: new ones, of all parameters.
+            gradients: float32 arrays by parameter name, on the model's device, which are added to;
+                of parameters that it does not name none is computed. None: new ones, of all
+                parameters: NumPy arrays, or `ssmcore.Array`s on a GPU.
             num_targets: what the sum of the positions' losses is divided by; None: the number of
                 targets but for those of -100. Where a batch is done in parts whose gradients are
                 added up, their number in all parts.
@@ -206,17 +216,17 @@ class Model:
         """
         op = "loss_and_gradients"
         packed = cu_seqlens is not None
-        ids = as_token_ids(token_ids, op, "token_ids", ranks=(1,) if packed else (1, 2))
-        expected = as_token_ids(targets, op, "targets", ranks=(ids.ndim,))
+        ids = _as_ids(token_ids, op, ranks=(1,) if packed else (1, 2))
+        expected = _as_ids(targets, op, ranks=(len(ids.shape),), name="targets")
         if num_targets is not None and num_targets < 1:
             raise InvalidArgumentError(f"{op}: num_targets is {num_targets}, expected at least 1")
         accumulate = gradients is not None
         if gradients is None:
             shapes = self._language_model.parameter_shapes()
-            gradients = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
+            gradients = {name: self._empty(shape) for name, shape in shapes.items()}
         loss = self._language_model.loss_and_gradients(
-            ids.reshape(-1, ids.shape[-1]),
-            expected.reshape(-1, expected.shape[-1]),
+            reshaped(ids, -1, ids.shape[-1]),
+            reshaped(expected, -1, expected.shape[-1]),
             as_int32(cu_seqlens, op, "cu_seqlens", at_least=2),
             gradients,
             accumulate,
@@ -224,6 +234,12 @@ class Model:
             recompute_layers,
         )
         return loss, gradients
+
+    def _empty(self, shape: tuple[int, ...]) -> Any:
+        """A float32 array on the model's device."""
+        if self.device == "cpu":
+            return np.empty(shape, np.float32)
+        return _core.empty(shape, "float32", self.device)
 
     def generate(
         self,
@@ -362,13 +378,13 @@ class Model:
         return Score(tokens=targets.size, bytes=num_bytes, nats=nats)
 
 
-def _as_ids(token_ids: Any, op: str, ranks: tuple[int, ...]) -> Any:
+def _as_ids(token_ids: Any, op: str, ranks: tuple[int, ...], name: str = "token_ids") -> Any:
     """Token ids as an int64 NumPy array, or as they are in memory of a GPU."""
     if gpu_of(token_ids) is None:
-        return as_token_ids(token_ids, op, "token_ids", ranks)
+        return as_token_ids(token_ids, op, name, ranks)
     if len(token_ids.shape) not in ranks or 0 in token_ids.shape:
         raise InvalidArgumentError(
-            f"{op}: token_ids should be token ids of rank {' or '.join(map(str, ranks))}, "
+            f"{op}: {name} should be token ids of rank {' or '.join(map(str, ranks))}, "
             f"got shape {tuple(token_ids.shape)}"
         )
     return token_ids

@@ -3,14 +3,11 @@ the weights say, only on their not being zeros."""
 
 from __future__ import annotations
 
-import json
-import tempfile
-from pathlib import Path
-
 import numpy as np
 
 from ssmcore import _core
 from ssmcore._arrays import numpy_dtype
+from ssmcore.initialization import config_of
 
 SHAPES = {  # d_model, layers
     "130m": (768, 24),
@@ -59,19 +56,4 @@ def random_checkpoint(shape: str, dtype: str) -> _core.Checkpoint:
         tensors[f"{layer}mixer.A_log"] = A_log
         tensors[f"{layer}mixer.D"] = uniform(0.9, 1.1, dim)
         matrix(f"{layer}mixer.out_proj.weight", d_model, dim)
-    return _core.Checkpoint.from_tensors(_config(d_model, layers, dt_rank), tensors)
-
-
-def _config(d_model: int, layers: int, dt_rank: int) -> _core.ModelConfig:
-    config = {
-        "model_type": "mamba",
-        "hidden_size": d_model,
-        "num_hidden_layers": layers,
-        "vocab_size": _VOCAB_SIZE,
-        "state_size": _DSTATE,
-        "conv_kernel": _WIDTH,
-        "time_step_rank": dt_rank,
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config))
-        return _core.open_model_config(folder)
+    return _core.Checkpoint.from_tensors(config_of(d_model, layers, _VOCAB_SIZE), tensors)

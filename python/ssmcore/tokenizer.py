@@ -58,6 +58,11 @@ class FileTokenizer:
         self._tokenizer.no_padding()
         self._byte_level = isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel)
 
+    @property
+    def vocab_size(self) -> int:
+        """How many ids there are: one more than the largest."""
+        return 1 + max(self._tokenizer.get_vocab().values(), default=-1)
+
     def to_json(self) -> str:
         """The text of a tokenizer.json."""
         return self._tokenizer.to_str(pretty=True)

@@ -27,12 +27,17 @@ class Backend:
         """Whether values, of indices say, are looked at before anything runs."""
         return self.name == "cpu"
 
+    def require_dtype(self, dtype: str) -> None:
+        """Skips a test of a dtype that operators do not have here."""
+        if dtype == "float64" and self.name != "cpu":
+            pytest.skip("float64 is for checking on the CPU")
+
     def call(self, operator: Callable[..., Any], **arguments: Any) -> Any:
         """`operator` on NumPy arguments, with its results as NumPy arrays.
 
         An argument that is changed in place must come from `to_device`.
         """
-        results = operator(**{name: self._moved(value) for name, value in arguments.items()})
+        results = operator(**self.moved(arguments))
         # What a kernel has found wrong is raised here, as elsewhere what the host has.
         several = isinstance(results, tuple)
         ssmcore.synchronize(next(r for r in results if r is not None) if several else results)
@@ -40,9 +45,10 @@ class Backend:
             return tuple(None if r is None else self.to_numpy(r) for r in results)
         return self.to_numpy(results)
 
-    def _moved(self, value: Any) -> Any:
+    def moved(self, value: Any) -> Any:
+        """`value` with its arrays on the device: an argument, or several by name."""
         if isinstance(value, dict):
-            return {name: self._moved(entry) for name, entry in value.items()}
+            return {name: self.moved(entry) for name, entry in value.items()}
         return self.to_device(value) if isinstance(value, np.ndarray) else value
 
 

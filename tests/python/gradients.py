@@ -6,11 +6,19 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from backends import Backend
+from backends import BACKENDS, Backend
 from finite_differences import numerical_gradient
-from helpers import assert_close, assert_same_bits, place, relative_error
+from helpers import (
+    assert_close,
+    assert_only_poison_around,
+    assert_same_bits,
+    place,
+    relative_error,
+)
 
+import ssmcore
 from ssmcore import _core
+from ssmcore._outputs import library_of
 
 Arrays = dict[str, Any]
 
@@ -36,6 +44,15 @@ def backward(
     return {n: g for n, g in zip(fields, results, strict=True) if g is not None}
 
 
+def call_core(backend: Backend, operator: str, **arguments: Any) -> None:
+    """Calls `_core`'s `operator` on arrays of `backend`'s device, some of which it writes."""
+    array = next(a for a in arguments.values() if hasattr(a, "shape"))
+    library = library_of(array)
+    library.prepare_products()
+    getattr(_core, operator)(on=library.on(), **arguments)
+    ssmcore.synchronize(array)
+
+
 def assert_gradients(actual: Arrays, expected: Arrays, inputs: Arrays) -> None:
     """Each like its input, and within the tolerance of that one's dtype."""
     assert actual.keys() == expected.keys()
@@ -59,18 +76,46 @@ def assert_derivatives(
 
 
 def assert_adds_and_overwrites(
-    operator: str, arguments: Arrays, gradients: dict[str, np.ndarray], layout: str
+    operator: str,
+    arguments: Arrays,
+    gradients: dict[str, np.ndarray],
+    layout: str,
+    backend: Backend = BACKENDS["cpu"],
 ) -> None:
-    """Called on the CPU with memory that is there already, `operator` overwrites NaN, or adds, each
-    gradient on its own."""
+    """Called with memory that is there already, `operator` overwrites NaN, or adds, each gradient
+    on its own.
+
+    To the bit on the CPU; on a GPU another layout may have another kernel.
+    """
+    moved = backend.moved(arguments)
     for name, expected in gradients.items():
-        poisoned = place(np.full(expected.shape, np.nan, expected.dtype), layout)
-        getattr(_core, operator)(on=None, **arguments, **{name: poisoned})
-        assert_same_bits(np.ascontiguousarray(poisoned), np.ascontiguousarray(expected))
-        there = random_like(expected, seed=2, layout=layout)
-        sum_of = there.astype(np.float64) + expected.astype(np.float64)
-        getattr(_core, operator)(on=None, **arguments, **{name: there}, accumulate=(name,))
-        assert_close(there, sum_of, _dtype_of_sum(expected))
+        poisoned = backend.to_device(place(np.full(expected.shape, np.nan, expected.dtype), layout))
+        call_core(backend, operator, **moved, **{name: poisoned})
+        overwritten = backend.to_numpy(poisoned)
+        if backend.name == "cpu":
+            assert_same_bits(np.ascontiguousarray(overwritten), np.ascontiguousarray(expected))
+        else:
+            assert_close(overwritten, expected, expected.dtype.name, rounded=True)
+        before = random_like(expected, seed=2, layout=layout)
+        sum_of = before.astype(np.float64) + expected.astype(np.float64)
+        there = backend.to_device(before)
+        call_core(backend, operator, **moved, **{name: there}, accumulate=(name,))
+        added = backend.to_numpy(there)
+        rounded = expected.dtype.itemsize == 2
+        assert_close(added, sum_of, _dtype_of_sum(expected), rounded=rounded)
+        if layout.endswith(("padded", "spread")):
+            assert_only_poison_around(overwritten)
+            assert_only_poison_around(added)
+
+
+def assert_same_bits_again(call: Callable[[], dict[str, np.ndarray]]) -> None:
+    """The same call gives the same bits."""
+    once = call()
+    for _ in range(3):
+        again = call()
+        assert again.keys() == once.keys()
+        for name, result in once.items():
+            assert_same_bits(again[name], result)
 
 
 def _dtype_of_sum(gradient: np.ndarray) -> str:

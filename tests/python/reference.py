@@ -372,3 +372,24 @@ def sampling_distribution(
         probabilities[descending[larger_ones >= top_p]] = 0
     probabilities[probabilities < min_p * probabilities.max()] = 0
     return probabilities / probabilities.sum()
+
+
+def adamw(
+    parameter: np.ndarray,
+    gradient: np.ndarray,
+    exp_avg: np.ndarray,
+    exp_avg_sq: np.ndarray,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The parameter and the two moments after step number `step`."""
+    g, m, v = fp64(gradient), fp64(exp_avg), fp64(exp_avg_sq)
+    m = betas[0] * m + (1 - betas[0]) * g
+    v = betas[1] * v + (1 - betas[1]) * g**2
+    m_hat, v_hat = m / (1 - betas[0] ** step), v / (1 - betas[1] ** step)
+    decayed = (1 - lr * weight_decay) * fp64(parameter)
+    return decayed - lr * m_hat / (np.sqrt(v_hat) + eps), m, v

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
+import reference_gradients
 from backends import require_cuda
 from helpers import assert_close
 
@@ -58,6 +59,29 @@ def test_scan_beyond_2_31_elements(torch: Any, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "token-major"])
+def test_scan_gradients_beyond_2_31_elements(torch: Any, layout: str) -> None:
+    u = huge(torch, layout)
+    A = -torch.exp2(torch.empty(DIM, 4, device="cuda").uniform_(-4, 4))
+    B = torch.empty(1, 4, SEQLEN, dtype=torch.bfloat16, device="cuda").normal_()
+    needs = ("u", "delta", "A", "B")
+    all_ = ops.selective_scan_bwd(u, u, u, A, B, B, delta_softplus=True, needs=needs)
+    tail = slice(DIM - 8, DIM)
+    inputs = [u[:, tail], u[:, tail], u[:, tail], A[tail], B, B]
+    own = ops.selective_scan_bwd(*inputs, delta_softplus=True, needs=needs)
+    for mine, alone in ((all_.du, own.du), (all_.ddelta, own.ddelta)):
+        assert_close(to_numpy(mine[:, tail]), to_numpy(alone), "bfloat16", rounded=True)
+        assert torch.isfinite(mine[:, ::512, ::4096]).all()
+    assert_close(to_numpy(all_.dA[tail]), to_numpy(own.dA), "float32")
+    # Of the last steps nothing depends on the steps before them but the states.
+    few = [v if v.ndim == 2 else v[..., -500:] for v in (u, u, u, A, B, B)]
+    _, state = ops.selective_scan(
+        *(v[..., :-500] if v.ndim > 2 else v for v in (u, u, A, B, B)), delta_softplus=True
+    )
+    late = ops.selective_scan_bwd(*few, delta_softplus=True, needs=needs, initial_state=state)
+    assert_close(to_numpy(all_.dB[..., -500:]), to_numpy(late.dB), "bfloat16", rounded=True)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "token-major"])
 def test_convolution_beyond_2_31_elements(torch: Any, layout: str) -> None:
     x = huge(torch, layout)
     weight = torch.empty(DIM, 4, device="cuda").normal_()
@@ -66,6 +90,20 @@ def test_convolution_beyond_2_31_elements(torch: Any, layout: str) -> None:
         to_numpy(x[:, -8:, -100:]), to_numpy(weight[-8:]), None, "silu"
     )
     assert_close(to_numpy(out[:, -8:, -97:]), expected[..., 3:], "bfloat16")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "token-major"])
+def test_convolution_backward_beyond_2_31_elements(torch: Any, layout: str) -> None:
+    x = huge(torch, layout)
+    weight = torch.empty(DIM, 4, device="cuda").normal_()
+    gradients = ops.causal_conv1d_bwd(x, x, weight, None, "silu")
+    tail = to_numpy(x[:, -8:, -100:])
+    expected = reference_gradients.causal_conv1d_bwd(
+        tail, tail, to_numpy(weight[-8:]), None, "silu"
+    )
+    assert_close(to_numpy(gradients.dx[:, -8:, -97:]), expected["dx"][..., 3:], "bfloat16")
+    own = ops.causal_conv1d_bwd(x[:, -8:], x[:, -8:], weight[-8:], None, "silu")
+    assert_close(to_numpy(gradients.dweight[-8:]), to_numpy(own.dweight), "float32")
 
 
 def test_norm_beyond_2_31_elements(torch: Any) -> None:
@@ -85,6 +123,18 @@ def test_a_million_steps(torch: Any) -> None:
     cpu_out, cpu_state = ops.selective_scan(*inputs, delta_softplus=True)
     assert_close(to_numpy(out[..., -1000:]), cpu_out[..., -1000:], "float32")
     assert_close(to_numpy(last_state), cpu_state, "float32")
+
+
+def test_gradients_of_a_million_steps(torch: Any) -> None:
+    u, dout = (torch.empty(1, 16, 1_000_000, device="cuda").normal_() for _ in range(2))
+    A = -torch.exp2(torch.empty(16, 16, device="cuda").uniform_(-4, 4))
+    B = torch.empty(1, 16, 1_000_000, device="cuda").normal_()
+    inputs = (dout, u, u, A, B, B)
+    gradients = ops.selective_scan_bwd(*inputs, delta_softplus=True)
+    expected = ops.selective_scan_bwd(*map(to_numpy, inputs), delta_softplus=True)
+    for mine, of_cpu in zip(gradients, expected, strict=True):
+        if mine is not None:
+            assert_close(to_numpy(mine), of_cpu, "float32")
 
 
 @pytest.mark.parametrize("seqlen", [1, 70, 5000])

@@ -76,12 +76,29 @@ def test_commands_with_states(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("prompt.txt").write_text(PROMPT)
-    (commands,) = (block for block in blocks("sh") if block.startswith("ssmcore "))
+    (commands,) = (block for block in blocks("sh") if block.startswith("ssmcore generate"))
     read, go_on = (shlex.split(line)[1:] for line in commands.splitlines())
     assert cli.main(read) == 0
     assert capsys.readouterr().out == ""
     assert cli.main(go_on) == 0
     assert capsys.readouterr().out == bundled_model().generate(PROMPT + " And then")
+
+
+def test_training_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For a few steps, from the top of the repository but for the model's folder."""
+    monkeypatch.chdir(ROOT)
+    (commands,) = (block for block in blocks("sh") if block.startswith("ssmcore train"))
+    folder = str(tmp_path / "austen")
+    train, generate = (
+        shlex.split(line.replace(" austen ", f" {folder} "))[1:] for line in commands.splitlines()
+    )
+    assert folder in train and folder in generate
+    assert cli.main([*train, "--device=cpu", "--steps=2", "--warmup=1", "--quiet"]) == 0
+    assert f"{folder}: step 2 of 2, loss " in capsys.readouterr().out
+    assert cli.main([*generate, "--device=cpu"]) == 0
+    assert len(capsys.readouterr().out) > 50
 
 
 def test_every_operator_is_listed():

@@ -56,6 +56,13 @@ def test_sums_over_many_channels_and_rows(backend: Backend, dim: int, batch: int
     assert_agrees(backend, ScanCase(batch=batch, dim=dim, dstate=5, seqlen=70))
 
 
+@pytest.mark.parametrize("dstate", [17, 100, 256])
+@pytest.mark.parametrize("form", ["constant", "shared", "2 groups"])
+@pytest.mark.parametrize("A", ["real", "complex"])
+def test_many_states(backend: Backend, A: str, form: str, dstate: int) -> None:
+    assert_agrees(backend, ScanCase(dim=70, dstate=dstate, A=A, B=form, C=form))
+
+
 # --- Finite differences ---------------------------------------------------------------------------
 
 SMALL = ScanCase(batch=2, dim=6, seqlen=5, dstate=2, dtype="float64")

@@ -15,12 +15,14 @@ from test_golden_ops import COMPLEX_SCANS, CONVOLUTIONS, REAL_SCANS, SCAN_ARRAYS
 from torch import Tensor
 
 from ssmcore.torch import (
+    Mamba,
     causal_conv1d_fn,
     causal_conv1d_update,
     rms_norm_fn,
     selective_scan_fn,
     selective_state_update,
 )
+from ssmcore.torch._block_parameters import block_parameters
 
 BATCH, DIM, SEQLEN, DSTATE, WIDTH = 2, 6, 70, 3, 4
 OPERATORS = torch.ops.ssmcore
@@ -388,6 +390,15 @@ def test_opcheck_of_the_convolution() -> None:
     operator = OPERATORS.causal_conv1d.default
     torch.library.opcheck(operator, (x, weight, bias, state, None, None, "silu", True))
     torch.library.opcheck(operator, (x, weight, None, None, None, None, None, False))
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_opcheck_of_the_block(keep: bool) -> None:
+    torch.manual_seed(0)
+    mamba = Mamba(8, d_state=3, bias=True)
+    x = torch.randn(2, 70, 8, requires_grad=keep)
+    parameters = [p.detach().requires_grad_(keep) for p in block_parameters(mamba, torch.float32)]
+    torch.library.opcheck(OPERATORS.mamba_block_train.default, (x, *parameters, 0.0, keep))
 
 
 def test_opcheck_of_the_norm() -> None:

@@ -14,6 +14,7 @@ enum class ErrorCode {
   unsupported,  // valid, but not available in this build or on this device
   device_error,
   internal,
+  not_finite,  // training met an infinity or a NaN
 };
 
 // Every failure is reported by throwing this. The message names the operation, the argument, what

@@ -18,6 +18,7 @@
 namespace ssmcore {
 
 class Mixer;
+struct ParameterCopyParams;
 struct StateSpec;
 
 // The memory of running sequences: for every layer, the tensors its mixer carries from one token to
@@ -79,6 +80,8 @@ struct LanguageModelFwdArgs {
 using NamedGradients = std::map<std::string, Gradient>;
 
 struct LanguageModelTrainArgs {
+  // token_ids and targets are in memory of the host, where they are checked at once, or of the
+  // model's device, there contiguous; cu_seqlens is in that of the host.
   TensorView token_ids;   // (batch, seqlen), int32 or int64: sequences from their start
   TensorView targets;     // (batch, seqlen), int32 or int64: the token that each position should
                           // predict, or kIgnoredTarget
@@ -89,7 +92,7 @@ struct LanguageModelTrainArgs {
   // Activation checkpointing: keeps only what enters each layer, and computes the layer again when
   // its gradients are due.
   bool recompute_layers = false;
-  TensorView loss;           // (1), float32, written
+  TensorView loss;           // (1), float32, on the model's device, written
   NamedGradients gradients;  // written, or added to
 };
 
@@ -102,8 +105,8 @@ struct LoadOptions {
   // Of the activations: float32, bfloat16 or float16. By default float32 on the CPU, and the type
   // most weights are stored in on a GPU. Weights stay as stored,
   std::optional<DType> dtype;
-  // or are copied as float32 to memory of the model's own, where parameters() may be written: on
-  // the CPU alone.
+  // or are copied as float32 to memory of the model's own, where parameters() may be written. On a
+  // GPU matrices are then used in the type of the activations.
   bool trainable = false;
   LoadProgress progress = nullptr;  // optional
 };
@@ -125,15 +128,18 @@ class LanguageModel {
   int64_t num_parameters() const;
 
   // What it was made from: the configuration and the tensors as stored, or where it is trainable as
-  // they are now.
+  // they are now, on the model's device.
   const Checkpoint& checkpoint() const { return checkpoint_; }
+  // save_checkpoint() of it, wherever it is.
+  void save(const std::string& folder) const;
 
   // The tensors of the checkpoint that it has learnt, by their stored names; a head that is tied to
-  // the embedding is none of them. Those of a trainable model may be written while no call runs;
-  // it follows with the next refresh().
+  // the embedding is none of them. Those of a trainable model are float32 on the model's device,
+  // and may be written while no call runs; it follows with the next refresh(), on a GPU in the
+  // order of `stream`.
   const std::map<std::string, TensorView>& parameters() const { return parameters_; }
   bool trainable() const { return trainable_; }
-  void refresh();
+  void refresh(void* stream = nullptr);
 
   // On a GPU in the order of `stream`.
   ModelState new_state(int64_t num_slots, void* stream = nullptr) const;
@@ -142,8 +148,8 @@ class LanguageModel {
   size_t workspace_size(int64_t batch, int64_t seqlen, const Context& context) const;
   void forward(const LanguageModelFwdArgs& args, const Exec& exec) const;
 
-  // One training step on the CPU: the mean cross entropy and its gradients. The logits of a few
-  // hundred positions exist at a time.
+  // One training step: the mean cross entropy and its gradients. The logits of few positions exist
+  // at a time.
   size_t loss_and_gradients_workspace_size(const LanguageModelTrainArgs& args,
                                            const Context& context) const;
   void loss_and_gradients(const LanguageModelTrainArgs& args, const Exec& exec) const;
@@ -184,7 +190,8 @@ class LanguageModel {
   uint64_t serial_;
   const Context* context_ = nullptr;
   std::map<std::string, TensorView> parameters_;
-  std::vector<Buffer> buffers_;  // weights that are not used as and where stored
+  std::vector<Buffer> buffers_;              // weights that are not used as and where stored
+  std::vector<ParameterCopyParams> copies_;  // what refresh() does
   std::vector<Layer> layers_;
   TensorView embedding_;
   TensorView head_;

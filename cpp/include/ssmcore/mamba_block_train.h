@@ -42,10 +42,11 @@ size_t mamba_block_train_fwd_workspace_size(const MambaBlockTrainFwdArgs& args,
 
 void mamba_block_train_fwd(const MambaBlockTrainFwdArgs& args, const Exec& exec);
 
-// Each is optional and has its weight's shape; float32 or its weight's dtype. dA_log = dA · A.
+// Each is optional and has its weight's shape; float32 or its weight's dtype.
 struct MambaBlockWeightGradients {
   Gradient in_proj, in_proj_bias, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, out_proj,
       out_proj_bias;
+  Gradient A_log;  // instead of A: of A = -exp(A_log), which is dA · A
 };
 
 // The gradients of a loss by what mamba_block_train_fwd read, from those by what it wrote.

@@ -41,6 +41,7 @@ from .dense_gradients import (
     rms_norm_bwd,
 )
 from .loss import cross_entropy, cross_entropy_bwd
+from .optimizer import adamw, sum_of_squares
 from .sampling import sample
 from .scan import selective_scan, selective_state_update
 from .scan_gradients import SelectiveScanGradients, selective_scan_bwd
@@ -52,6 +53,7 @@ __all__ = [
     "MambaBlockSaved",
     "RmsNormGradients",
     "SelectiveScanGradients",
+    "adamw",
     "causal_conv1d",
     "causal_conv1d_bwd",
     "causal_conv1d_update",
@@ -70,4 +72,5 @@ __all__ = [
     "selective_scan",
     "selective_scan_bwd",
     "selective_state_update",
+    "sum_of_squares",
 ]

@@ -6,11 +6,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from .. import _core
 from .._arrays import dtype_name, reshaped
-from .._outputs import Library, library_of
+from .._outputs import library_of
 from ..errors import InvalidArgumentError
 from ._arguments import Array, count_chunks, gradients_of, handed_over, require_array, require_rank
 from .block import NAMES, block_parameters
@@ -113,6 +111,7 @@ def mamba_block_train_fwd(
         delta=activation(dim) if keep_all else None,
     )
     out = library.empty(x.shape, dtype)
+    library.prepare_products()
     states: dict[str, Array] = {}
     if return_states:
         states["final_conv_state"] = library.empty((rows, dim, width - 1), dtype)
@@ -150,8 +149,6 @@ def mamba_block_bwd(
 ) -> MambaBlockGradients:
     """The gradients of a scalar, given those with respect to what `mamba_block_train_fwd` returned.
 
-    CPU only, so far.
-
     Args:
         dout: (B, L, d_model), like x, contiguous.
         x, weights, initial_conv_state, initial_ssm_state, cu_seqlens, dt_B_C_norm_eps: as
@@ -184,6 +181,8 @@ def mamba_block_bwd(
     }
     gradients = gradients_of(library, op, inputs, needs)
     written: dict[str, Any] = {f"d{key}": gradients[f"d{name}"] for name, key in NAMES.items()}
+    written["dA_log"] = written.pop("dA")
+    library.prepare_products()
     _core.mamba_block_bwd(
         on=library.on(),
         dout=dout,
@@ -201,8 +200,6 @@ def mamba_block_bwd(
         **written,
     )
     saved.clear()
-    if written["dA"] is not None:
-        _chain_to_A_log(library, written["dA"], parameters["A"])
     given = handed_over(library, gradients)
     dweights = {name: given[f"d{name}"] for name in NAMES if given[f"d{name}"] is not None}
     if "conv1d.weight" in dweights:
@@ -212,9 +209,3 @@ def mamba_block_bwd(
     return MambaBlockGradients(
         given["dx"], dweights, given["dinitial_conv_state"], given["dinitial_ssm_state"]
     )
-
-
-def _chain_to_A_log(library: Library, dA: Array, A: Array) -> None:
-    """Turns the gradient of A = -exp(A_log) into that of A_log, in place."""
-    values = library.to_host(dA)
-    np.multiply(values, library_of(A).to_host(A), out=values)

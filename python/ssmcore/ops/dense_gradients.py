@@ -44,8 +44,6 @@ def rms_norm_bwd(
 ) -> RmsNormGradients:
     """The gradients of a scalar, given those with respect to what `rms_norm` returned.
 
-    CPU only, so far.
-
     Args:
         dout: x's shape, any activation type.
         x, weight, residual, z, group_size, norm_before_gate, eps: as `rms_norm` had them. Instead
@@ -119,15 +117,16 @@ def linear_bwd(
     bias: Array | None = None,
     *,
     needs: Collection[str] | None = None,
+    batch_invariant: bool = False,
 ) -> LinearGradients:
     """dx = dout weight, dweight = doutᵀ x and dbias = Σ dout, accumulated in float32.
-
-    CPU only, so far.
 
     Args:
         dout: (..., out_features), any activation type.
         x, weight, bias: as `linear` had them; of a weight, any strides.
         needs: names of the inputs whose gradients are wanted; default: of all that are there.
+        batch_invariant: on a GPU, make the bits of a row of dx independent of the other rows and
+            their number; slower. On the CPU they always are.
 
     Returns:
         The gradients (dx, dweight, dbias), each shaped and typed like its input; None where it is
@@ -144,8 +143,9 @@ def linear_bwd(
     library = library_of(dout)
     inputs = {"x": x, "weight": weight, "bias": bias}
     gradients = gradients_of(library, "linear_bwd", inputs, needs, contiguous=True)
+    library.prepare_products()
     _core.linear_bwd(
-        on=library.on(),
+        on=library.on(batch_invariant=batch_invariant),
         dout=rows(dout),
         x=rows(x),
         weight=weight,
@@ -165,8 +165,6 @@ def embedding_bwd(
 ) -> Array:
     """The gradient of `embedding` with respect to its weight: for each id the sum of `dout` over
     the places that hold it, in their order, accumulated in float32.
-
-    CPU only, so far.
 
     Args:
         dout: (..., d_model), any activation type.

@@ -23,7 +23,7 @@ def cross_entropy(
 ) -> Any:
     """The cross entropy, lse - logits[target] with lse = log Σ exp(logits), in float32.
 
-    All arrays may also be float64, for checking. CPU only, so far.
+    On the CPU all arrays may also be float64, for checking.
 
     Args:
         logits: (..., V), any activation type.
@@ -69,8 +69,6 @@ def cross_entropy_bwd(
 ) -> Array:
     """The gradient with respect to logits, dloss (softmax(logits) - onehot(target)); 0 in rows that
     do not count.
-
-    CPU only, so far.
 
     Args:
         dloss: the gradient with respect to the loss, float32, of its shape.

@@ -46,7 +46,7 @@ def selective_scan_bwd(
     """The gradients of a scalar, given those with respect to what `selective_scan` returned.
 
     The states are computed again, in pieces, from `chunk_states` where they are given. Complex
-    gradients are dx + i dy of x + iy, as PyTorch has them. CPU only, so far.
+    gradients are dx + i dy of x + iy, as PyTorch has them. A GPU takes dstate up to 256.
 
     Args:
         dout: (B, D, L), like u.
