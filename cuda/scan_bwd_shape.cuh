@@ -97,6 +97,7 @@ class ScanBwdMemory : ScanBwdShape {
  public:
   static constexpr size_t kBytes =
       sizeof(float) * kArrivals + sizeof(Arrival) * kSpans * (kWarps - 1);
+  static_assert(kBytes == kScanBwdSharedBytes);
   static constexpr size_t kBytesOfStates = sizeof(float) * kStarts;  // without what comes after
 
  private:
