@@ -5,9 +5,9 @@
 //
 //   1. load it, and leave Δ, Δu, dy, B and C in shared memory as floats;
 //   2. run the recurrence forward from the state before the tile, and keep that before each span;
-//   3. span by span, last first, run it forward again, now keeping decays and states in registers,
-//      and then backward. Sums over channels, for dB and dC, are taken by the tensor cores in a
-//      warp, and then over the warps;
+//   3. span by span, last first, run it forward again, now keeping the states in registers, and
+//      then backward. Sums over channels, for dB and dC, are taken by the tensor cores in a warp,
+//      and then by one warp after the other;
 //   4. load the tile again, from the second-level cache, and store du, ddelta and dz.
 //
 // Two blocks a multiprocessor fill each other's waits. What blocks add to the gradients of shared

@@ -172,7 +172,8 @@ struct ScanBwdRecurrence : ScanBwdStates<kAlongSteps> {
     const Four start = load_four(memory.at(start_at() + span * Shape::kSpanSlots));
     __syncwarp();  // all have read what is now overwritten
     Products products;
-    float decay[kSpan][kStates], h[kSpan + 1][kStates];  // before each step and after the last
+    float h[kSpan + 1][kStates];  // before each step and after the last
+    float decay[4][kStates];      // of the last steps; registers have no room for the first ones'
 #pragma unroll
     for (int i = 0; i < kStates; ++i) h[0][i] = start.value[i];
 #pragma unroll
@@ -184,8 +185,8 @@ struct ScanBwdRecurrence : ScanBwdStates<kAlongSteps> {
         const Four B = load_four(Bs + i * Shape::kRow + t), C = load_four(Cs + i * Shape::kRow + t);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          decay[t + j][i] = exp2_approx(dt.value[j] * A[i]);
-          h[t + j + 1][i] = decay[t + j][i] * h[t + j][i] + dt_u.value[j] * B.value[j];
+          decay[j][i] = exp2_approx(dt.value[j] * A[i]);
+          h[t + j + 1][i] = decay[j][i] * h[t + j][i] + dt_u.value[j] * B.value[j];
           y[j] += C.value[j] * h[t + j + 1][i];
         }
       }
@@ -207,7 +208,8 @@ struct ScanBwdRecurrence : ScanBwdStates<kAlongSteps> {
         for (int j = 3; j >= 0; --j) {
           of_step[j][i] = dh[i] + dy.value[j] * C.value[j];
           dx[j] += of_step[j][i] * B.value[j];
-          dh[i] = (t < 4 ? exp2_approx(dt.value[j] * A[i]) : decay[t + j][i]) * of_step[j][i];
+          if (t < kSpan - 4) decay[j][i] = exp2_approx(dt.value[j] * A[i]);
+          dh[i] = decay[j][i] * of_step[j][i];
           const float q = dh[i] * h[t + j][i];
           dA[i] += dt.value[j] * q;
           by_decay[j] += q * A[i];
