@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(ScanBwdShape::kThreads, 3)
                        (fwd.cu_seqlens.data ? 0 : block.row_index * plan.row_tiles) + first_tile;
   float* const all_deltas = kGradients ? workspace.part_deltas : workspace.tile_deltas;
   float* const all_sums = kGradients ? workspace.part_gradients : workspace.tile_states;
-  const auto store = [&](int64_t entry, float deltas, const float(&sums)[Shape::kStates]) {
+  const auto store = [&](int64_t entry, float deltas, const float (&sums)[Shape::kStates]) {
     if (states.d >= block.channels || (!kGradients && entry >= plan.tiles)) return;
     const int64_t at = entry * plan.channels + block.channel(states.d);
     if (states.quarter == 0) all_deltas[at] = deltas;
