@@ -51,15 +51,18 @@ __global__ void __launch_bounds__(ScanBwdShape::kThreads, 3)
   using Shape = ScanBwdShape;
   extern __shared__ __align__(16) float shared[];
   const SelectiveScanFwdParams& fwd = p.fwd;
-  const ScanBwdMemory memory(shared);
   const int64_t head_at = blockIdx.x / plan.blocks_d, row_at = head_at / fwd.nheads;
   const int64_t first_d = blockIdx.x % plan.blocks_d * Shape::kBlockD;
-  ScanBwdBlock block{p, head_at % fwd.nheads, first_d,
+  ScanBwdBlock block{p,
+                     ScanBwdMemory(shared),
+                     head_at % fwd.nheads,
+                     first_d,
                      static_cast<int>(min(int64_t{Shape::kBlockD}, fwd.headdim - first_d)),
                      row_at / row_blocks};
   block.row = scan_row(fwd, block.row_index, faults);
-  ScanBwdStaging<T, kAlongSteps> staging(block, memory, moves_vectors);
-  staging.begin_row();
+  begin_block(block);
+  begin_row(block);
+  __syncthreads();
   const ScanBwdStates<kAlongSteps> states(block);
 
   const int64_t part = row_at % row_blocks + kGradients, length = block.row.end - block.row.begin;
@@ -72,7 +75,7 @@ __global__ void __launch_bounds__(ScanBwdShape::kThreads, 3)
                        (fwd.cu_seqlens.data ? 0 : block.row_index * plan.row_tiles) + first_tile;
   float* const all_deltas = kGradients ? workspace.part_deltas : workspace.tile_deltas;
   float* const all_sums = kGradients ? workspace.part_gradients : workspace.tile_states;
-  const auto store = [&](int64_t entry, float deltas, const float(&sums)[Shape::kStates]) {
+  const auto store = [&](int64_t entry, float deltas, const float (&sums)[Shape::kStates]) {
     if (states.d >= block.channels || (!kGradients && entry >= plan.tiles)) return;
     const int64_t at = entry * plan.channels + block.channel(states.d);
     if (states.quarter == 0) all_deltas[at] = deltas;
@@ -85,9 +88,12 @@ __global__ void __launch_bounds__(ScanBwdShape::kThreads, 3)
   for (int64_t tile = first_tile; tile < end_tile; ++tile) {
     const int64_t t = tile * plan.tile_l;
     const int steps = static_cast<int>(min(plan.tile_l, length - t));
-    staging.template stage<kGradients ? ScanBwdUse::gradients : ScanBwdUse::states>(t, steps);
+    constexpr ScanBwdUse kUse = kGradients ? ScanBwdUse::gradients : ScanBwdUse::states;
+    const ScanBwdTile<T, kAlongSteps> staged{p, block.memory, block.channels, steps, t};
+    staged.template stage<kUse>(moves_vectors);
+    stage_coefficients<T, kAlongSteps, kUse>(block, t, steps);
     __syncthreads();
-    add_contributions<kGradients>(states, memory, steps, deltas, sums);
+    add_contributions<kGradients>(states, block.memory, steps, deltas, sums);
     float left = 0;  // of a gradient that comes from after this tile
     if (kGradients) {
 #pragma unroll

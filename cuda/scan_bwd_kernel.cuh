@@ -5,9 +5,9 @@
 //
 //   1. load it, and leave Δ, Δu, dy, B and C in shared memory as floats;
 //   2. run the recurrence forward from the state before the tile, and keep that before each span;
-//   3. span by span, last first, run it forward again, now keeping decays and states in registers,
-//      and then backward. Sums over channels, for dB and dC, are taken by the tensor cores in a
-//      warp, and then over the warps;
+//   3. span by span, last first, run it forward again, now keeping the states in registers, and
+//      then backward. Sums over channels, for dB and dC, are taken by the tensor cores in a warp,
+//      and then by one warp after the other;
 //   4. load the tile again, from the second-level cache, and store du, ddelta and dz.
 //
 // Two blocks a multiprocessor fill each other's waits. What blocks add to the gradients of shared
@@ -32,7 +32,7 @@ __device__ __forceinline__ float* products_at(const ScanBwdBlock& block, const S
                         ScanBwdShape::kDstate;
 }
 
-template <typename T, bool kAlongSteps, bool kAgain>
+template <typename T, bool kAlongSteps>
 __global__ void __launch_bounds__(ScanBwdShape::kThreads, 2)
     selective_scan_varying_bwd_kernel(const __grid_constant__ SelectiveScanBwdParams p,
                                       const __grid_constant__ ScanBwdPlan plan,
@@ -42,14 +42,14 @@ __global__ void __launch_bounds__(ScanBwdShape::kThreads, 2)
   constexpr int kStates = Shape::kStates;
   extern __shared__ __align__(16) float shared[];
   const SelectiveScanFwdParams& fwd = p.fwd;
-  const ScanBwdMemory memory(shared);
   const int64_t block_at = blockIdx.x % plan.blocks_d, head_at = blockIdx.x / plan.blocks_d;
   const int64_t part_at = head_at / fwd.nheads, part = part_at % plan.parts;
   const int64_t slice = part_at / plan.parts, first_d = block_at * Shape::kBlockD;
-  ScanBwdBlock block{p, head_at % fwd.nheads, first_d,
+  ScanBwdBlock block{p, ScanBwdMemory(shared), head_at % fwd.nheads, first_d,
                      static_cast<int>(min(int64_t{Shape::kBlockD}, fwd.headdim - first_d))};
-  ScanBwdStaging<T, kAlongSteps> staging(block, memory, moves_vectors);
-  ScanBwdRecurrence<T, kAlongSteps> recurrence(block, memory);
+  const ScanBwdMemory& memory = block.memory;
+  ScanBwdRecurrence<T, kAlongSteps> recurrence(block);
+  begin_block(block);
 
   if (threadIdx.x < Shape::kSpans * (Shape::kWarps - 1)) memory.added(0, threadIdx.x)->init(32);
   unsigned phases = 0;  // of each span's arrivals
@@ -57,7 +57,8 @@ __global__ void __launch_bounds__(ScanBwdShape::kThreads, 2)
   const int64_t last_row = min((slice + 1) * plan.slice_rows, fwd.rows);
   for (block.row_index = slice * plan.slice_rows; block.row_index < last_row; ++block.row_index) {
     block.row = scan_row(fwd, block.row_index, faults);
-    staging.begin_row();
+    begin_row(block);
+    __syncthreads();
     const int64_t length = block.row.end - block.row.begin;
     if (plan.parts > 1) {
       const int64_t at = (block.row_index * plan.parts + part) * plan.channels;
@@ -90,14 +91,16 @@ __global__ void __launch_bounds__(ScanBwdShape::kThreads, 2)
                             : nullptr,
                         block);
       }
-      staging.template stage<ScanBwdUse::all>(t, steps);
+      const ScanBwdTile<T, kAlongSteps> staged{p, memory, block.channels, steps, t};
+      staged.template stage<ScanBwdUse::all>(moves_vectors);
+      stage_coefficients<T, kAlongSteps, ScanBwdUse::all>(block, t, steps);
       __syncthreads();
       const int spans = (steps + Shape::kSpan - 1) / Shape::kSpan;
       recurrence.find_starts(h, spans);
       float* const products = products_at(block, plan, workspace.products, t);
 #pragma unroll 1
       for (int span = spans - 1; span >= 0; --span) {
-        auto of_span = recurrence.template run_span<kAgain>(span);
+        auto of_span = recurrence.run_span(span);
         if (workspace.products)
           recurrence.add_products(of_span, span, phases,
                                   products + span * Shape::kSpan * 2 * Shape::kDstate,
@@ -105,7 +108,7 @@ __global__ void __launch_bounds__(ScanBwdShape::kThreads, 2)
       }
       phases ^= (1u << spans) - 1;
       __syncthreads();
-      staging.finish(t, steps);
+      staged.finish(moves_vectors);
       __syncthreads();
     }
     if (part == 0 && p.dinitial_state.data && block.row.slot >= 0) {
@@ -126,7 +129,7 @@ __global__ void __launch_bounds__(ScanBwdShape::kThreads, 2)
     if (recurrence.d < block.channels)
       sums[block.channel(recurrence.d) * (Shape::kDstate + 2) + recurrence.first_n + i] =
           recurrence.dA[i];
-  staging.store_sums(shared, sums);
+  store_thread_sums<ScanBwdTile<T, kAlongSteps>>(block, sums);
 }
 
 }  // namespace ssmcore::cuda

@@ -57,9 +57,7 @@ void launch_main_pass(const SelectiveScanBwdParams& p, const ScanBwdPlan& plan,
   if (plan.finds_states)
     launch_contributions<T, kAlongSteps, false>(p, plan, workspace, vectors, exec);
   if (plan.parts > 1) launch_contributions<T, kAlongSteps, true>(p, plan, workspace, vectors, exec);
-  launch_kernel(kScanBwd,
-                getenv("AGAIN") ? selective_scan_varying_bwd_kernel<T, kAlongSteps, true>
-                                : selective_scan_varying_bwd_kernel<T, kAlongSteps, false>,
+  launch_kernel(kScanBwd, selective_scan_varying_bwd_kernel<T, kAlongSteps>,
                 {blocks_for(plan.slices * plan.parts * p.fwd.nheads * plan.blocks_d, 1),
                  ScanBwdShape::kThreads, ScanBwdMemory::kBytes},
                 exec, p, plan, workspace, vectors, exec.context.cuda().faults());

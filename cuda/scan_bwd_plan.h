@@ -10,6 +10,8 @@ namespace ssmcore::cuda {
 inline constexpr int64_t kScanBwdBlockD = 64;  // channels of a block
 inline constexpr int64_t kScanBwdTile = 64;    // steps that a block has in shared memory, at most
 
+inline constexpr size_t kScanBwdSharedBytes = 107008;  // that a block takes
+
 // Where sums that blocks leave for others lie. Channels are all those of all heads.
 struct ScanBwdWorkspace {
   // Of each block of channels of each head, what it adds to dB and dC:

@@ -117,21 +117,22 @@ struct ScanBwdRecurrence : ScanBwdStates<kAlongSteps> {
   const ScanBwdMemory memory;
   // Where in shared memory the thread's are: its channel's steps, its states' coefficients, its
   // states at the beginning of a span, and the sums that it leaves in their place.
-  const int row_at, coefficients_at, start_at, sums_at;
+  const int row_at, coefficients_at, sums_at;
   float dh[kStates];  // of the states before the steps done, from these
   float dA[kStates] = {};
 
-  __device__ ScanBwdRecurrence(const ScanBwdBlock& block, const ScanBwdMemory& memory)
+  explicit __device__ ScanBwdRecurrence(const ScanBwdBlock& block)
       : States(block),
-        memory(memory),
+        memory(block.memory),
         row_at(kept(memory.offset(memory.delta(row)))),
         coefficients_at(kept(memory.offset(memory.coefficients(0, this->first_n)))),
-        start_at(kept(memory.offset(memory.start(warp, 0, lane)))),
         sums_at(kept(memory.offset(memory.y(row, 0)) + quarter)) {}
+
+  __device__ int start_at() const { return sums_at + (4 * Shape::kWarpD - 1) * quarter; }
 
   // Leaves the states before each span, h being those before the tile.
   __device__ __forceinline__ void find_starts(float (&h)[kStates], int spans) const {
-    float* start = memory.at(start_at);
+    float* start = memory.at(start_at());
     const float* steps = memory.at(row_at);
     const float* coefficients = memory.at(coefficients_at);
 #pragma unroll 1
@@ -162,17 +163,17 @@ struct ScanBwdRecurrence : ScanBwdStates<kAlongSteps> {
 
   // Goes over a span forward, and backward. Leaves y, and the gradients of Δu and of Δ by way of
   // the decay.
-  template <bool kAgain>
   __device__ __forceinline__ Products run_span(int span) {
     float* const steps = memory.at(row_at + span * kSpan);
     float* const own_step = steps + quarter;
     const float* const Bs = memory.at(coefficients_at + span * kSpan);
     const float* const Cs = Bs + Shape::kCoefficients;
     float* const sums = memory.at(sums_at + span * Shape::kSpanSlots);
-    const Four start = load_four(memory.at(start_at + span * Shape::kSpanSlots));
+    const Four start = load_four(memory.at(start_at() + span * Shape::kSpanSlots));
     __syncwarp();  // all have read what is now overwritten
     Products products;
-    float decay[kSpan][kStates], h[kSpan + 1][kStates];  // before each step and after the last
+    float h[kSpan + 1][kStates];  // before each step and after the last
+    float decay[4][kStates];      // of the last steps; registers have no room for the first ones'
 #pragma unroll
     for (int i = 0; i < kStates; ++i) h[0][i] = start.value[i];
 #pragma unroll
@@ -184,8 +185,8 @@ struct ScanBwdRecurrence : ScanBwdStates<kAlongSteps> {
         const Four B = load_four(Bs + i * Shape::kRow + t), C = load_four(Cs + i * Shape::kRow + t);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          decay[t + j][i] = exp2_approx(dt.value[j] * A[i]);
-          h[t + j + 1][i] = decay[t + j][i] * h[t + j][i] + dt_u.value[j] * B.value[j];
+          decay[j][i] = exp2_approx(dt.value[j] * A[i]);
+          h[t + j + 1][i] = decay[j][i] * h[t + j][i] + dt_u.value[j] * B.value[j];
           y[j] += C.value[j] * h[t + j + 1][i];
         }
       }
@@ -207,7 +208,8 @@ struct ScanBwdRecurrence : ScanBwdStates<kAlongSteps> {
         for (int j = 3; j >= 0; --j) {
           of_step[j][i] = dh[i] + dy.value[j] * C.value[j];
           dx[j] += of_step[j][i] * B.value[j];
-          dh[i] = (kAgain ? exp2_approx(dt.value[j] * A[i]) : decay[t + j][i]) * of_step[j][i];
+          if (t < kSpan - 4) decay[j][i] = exp2_approx(dt.value[j] * A[i]);
+          dh[i] = decay[j][i] * of_step[j][i];
           const float q = dh[i] * h[t + j][i];
           dA[i] += dt.value[j] * q;
           by_decay[j] += q * A[i];

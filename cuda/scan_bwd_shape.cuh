@@ -36,6 +36,9 @@ struct ScanBwdShape {
   }
 };
 
+// Operands (batch, nheads, headdim, seqlen).
+enum class ScanBwdOperand { u, delta, z, dout, du, ddelta, dz, count };
+
 // A block's shared memory.
 class ScanBwdMemory : ScanBwdShape {
  public:
@@ -52,10 +55,20 @@ class ScanBwdMemory : ScanBwdShape {
   __device__ float* coefficients(int which, int n) const {
     return memory_ + 3 * kPlane + which * kCoefficients + n * kRow;
   }
+  // The element with which the row of an operand begins, at the block's first channel.
+  __device__ int64_t& row_at(ScanBwdOperand operand) const {
+    return reinterpret_cast<int64_t*>(memory_ + kRows)[static_cast<int>(operand)];
+  }
+  __device__ float& bias(int d) const { return memory_[kParameters + d]; }
+  __device__ float& D(int d) const { return memory_[kParameters + kBlockD + d]; }
+  // Four sums of a thread.
+  __device__ float* thread_sums(int thread = threadIdx.x) const {
+    return memory_ + kSums + 4 * thread;
+  }
   // A thread's states at the beginning of a span; later, in their place, four steps of y, or of the
   // gradient of Δu, of a channel.
   __device__ float* start(int warp, int span, int lane) const {
-    return memory_ + 3 * kPlane + 2 * kCoefficients + warp * kSlots + span * kSpanSlots + 4 * lane;
+    return memory_ + kStarts + warp * kSlots + span * kSpanSlots + 4 * lane;
   }
   // Four number `four` of a row's tile.
   __device__ float* y(int r, int four) const {
@@ -66,17 +79,26 @@ class ScanBwdMemory : ScanBwdShape {
   }
   // What the warps so far have added to dB and dC in a span: eight floats of each thread.
   __device__ float* products(int span, int lane) const {
-    return memory_ + 3 * kPlane + 2 * kCoefficients + kWarps * kSlots + span * kProducts + 8 * lane;
+    return memory_ + kAllProducts + span * kProducts + 8 * lane;
   }
   // That a warp, but for the last, has added to them.
   __device__ Arrival* added(int span, int warp) const {
-    return reinterpret_cast<Arrival*>(products(kSpans, 0)) + span * (kWarps - 1) + warp;
+    return reinterpret_cast<Arrival*>(memory_ + kArrivals) + span * (kWarps - 1) + warp;
   }
+
+ private:
+  static constexpr int kRows = 3 * kPlane + 2 * kCoefficients;
+  static constexpr int kParameters = kRows + 2 * static_cast<int>(ScanBwdOperand::count) + 2;
+  static constexpr int kSums = kParameters + 2 * kBlockD;
+  static constexpr int kStarts = kSums + 4 * kThreads;
+  static constexpr int kAllProducts = kStarts + kWarps * kSlots;
+  static constexpr int kArrivals = kAllProducts + kSpans * kProducts;
+
+ public:
   static constexpr size_t kBytes =
-      sizeof(float) * (3 * kPlane + 2 * kCoefficients + kWarps * kSlots + kSpans * kProducts) +
-      sizeof(Arrival) * kSpans * (kWarps - 1);
-  // Without starts and products.
-  static constexpr size_t kBytesOfStates = sizeof(float) * (3 * kPlane + 2 * kCoefficients);
+      sizeof(float) * kArrivals + sizeof(Arrival) * kSpans * (kWarps - 1);
+  static_assert(kBytes == kScanBwdSharedBytes);
+  static constexpr size_t kBytesOfStates = sizeof(float) * kStarts;  // without what comes after
 
  private:
   float* const memory_;
@@ -85,6 +107,7 @@ class ScanBwdMemory : ScanBwdShape {
 // The channels of a block, in one row at a time.
 struct ScanBwdBlock {
   const SelectiveScanBwdParams& p;
+  const ScanBwdMemory memory;
   int64_t head, first_d;
   int channels;
   int64_t row_index = 0;
@@ -93,12 +116,11 @@ struct ScanBwdBlock {
   // Channel d among those of all heads.
   __device__ int64_t channel(int d) const { return head * p.fwd.headdim + first_d + d; }
 
-  // The first element, at step t of the row, of row `r` of an operand (batch, .., rows, steps).
-  template <typename T>
-  __device__ T* at(const Strided<4>& operand, int64_t head_or_group, int64_t r, int64_t t) const {
-    return static_cast<T*>(operand.data) + row.batch * operand.stride[0] +
-           head_or_group * operand.stride[1] + r * operand.stride[2] +
-           (row.begin + t) * operand.stride[3];
+  // The element at step t of the row, of row `r` of an operand (batch, .., rows, steps).
+  __device__ int64_t at(const Strided<4>& operand, int64_t head_or_group, int64_t r,
+                        int64_t t) const {
+    return row.batch * operand.stride[0] + head_or_group * operand.stride[1] +
+           r * operand.stride[2] + (row.begin + t) * operand.stride[3];
   }
 };
 

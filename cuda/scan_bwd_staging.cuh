@@ -13,37 +13,39 @@ enum class ScanBwdUse { all, states, gradients };
 
 // B and C of a tile, as floats.
 template <typename T, bool kAlongSteps, ScanBwdUse kUse>
-__device__ __forceinline__ void stage_coefficients(const ScanBwdBlock& block,
-                                                   const ScanBwdMemory& memory, int64_t t,
+__device__ __forceinline__ void stage_coefficients(const ScanBwdBlock& block, int64_t t,
                                                    int steps) {
   using Shape = ScanBwdShape;
   using Input = Cursor<const T, kAlongSteps>;
   using Piece = typename Input::Piece;
   constexpr int kOperands = kUse == ScanBwdUse::all ? 2 : 1;
   using Cut = PieceCut<Piece, kOperands * Shape::kDstate, Shape::kTile, Shape::kThreads>;
+  static_assert(Cut::kOwn == 1);
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread >= Cut::kPieces) return;
   const SelectiveScanFwdParams& p = block.p.fwd;
+  const int row = Cut::row(thread), step = Cut::step(thread), n = row % Shape::kDstate;
+  const int which = kUse == ScanBwdUse::gradients ? 1 : row / Shape::kDstate;
+  const Strided<4>& operand = which == 0 ? p.B : p.C;
   const int64_t group = block.head / (p.nheads / p.ngroups);
-  for (int i = static_cast<int>(threadIdx.x); i < Cut::kPieces; i += Shape::kThreads) {
-    const int row = Cut::row(i), step = Cut::step(i), n = row % Shape::kDstate;
-    const int which = kUse == ScanBwdUse::gradients ? 1 : row / Shape::kDstate;
-    const Strided<4>& operand = which == 0 ? p.B : p.C;
-    const Input from{block.at<const T>(operand, group, n, t + step), operand.stride[2],
-                     operand.stride[3]};
-    const bool is_whole = p.dstate == Shape::kDstate && steps == Shape::kTile && from.is_aligned();
-    const Piece piece =
-        is_whole ? from.load()
-                 : Input::load_some(from, 0, 0, static_cast<int>(p.dstate) - n, steps - step);
+  const Input from{static_cast<const T*>(operand.data) + block.at(operand, group, n, t + step),
+                   operand.stride[2], operand.stride[3]};
+  const bool is_whole = p.dstate == Shape::kDstate && steps == Shape::kTile && from.is_aligned();
+  const Piece piece =
+      is_whole ? from.load()
+               : Input::load_some(from, 0, 0, static_cast<int>(p.dstate) - n, steps - step);
 #pragma unroll
-    for (int four = 0; four < 2; ++four)
-      store_four(memory.coefficients(which, n + Piece::row(four)) + step + Piece::step(four, 0),
-                 {piece.get(four, 0), piece.get(four, 1), piece.get(four, 2), piece.get(four, 3)});
-  }
+  for (int four = 0; four < 2; ++four)
+    store_four(block.memory.coefficients(which, n + Piece::row(four)) + step + Piece::step(four, 0),
+               {piece.get(four, 0), piece.get(four, 1), piece.get(four, 2), piece.get(four, 3)});
 }
 
-// One thread: two pieces of a tile.
+// A tile of a block's channels, of which a thread has two pieces. What must last from one tile to
+// the next is in shared memory: the recurrence needs the registers.
 template <typename T, bool kAlongSteps>
-struct ScanBwdStaging {
+struct ScanBwdTile {
   using Shape = ScanBwdShape;
+  using Operand = ScanBwdOperand;
   using Piece = cuda::Piece<T, kAlongSteps>;
   using Cut = PieceCut<Piece, Shape::kBlockD, Shape::kTile, Shape::kThreads>;
   static constexpr int kOwn = Cut::kOwn, kChannels = 2;
@@ -52,261 +54,269 @@ struct ScanBwdStaging {
   static constexpr int kNextRow = kAlongSteps ? Shape::kBlockD / 2 : 0;
   static constexpr int kNextStep = kAlongSteps ? 0 : Shape::kTile / 2;
 
-  const ScanBwdBlock& block;
   const SelectiveScanBwdParams& p;
   const ScanBwdMemory memory;
-  const bool moves_vectors;  // whether pieces of whole tiles are aligned
-  const int d, step;         // of the first piece
-  const T *u, *delta, *z, *dout;
-  T *du, *ddelta, *dz;
-  // Of a channel of each piece, or of both channels of the pieces.
-  float dD[kChannels] = {}, dbias[kChannels] = {};
+  const int channels;  // of the block
+  const int steps;
+  const int64_t t;  // of the row
 
-  __device__ ScanBwdStaging(const ScanBwdBlock& block, const ScanBwdMemory& memory,
-                            bool moves_vectors)
-      : block(block),
-        p(block.p),
-        memory(memory),
-        moves_vectors(moves_vectors),
-        d(Cut::row(threadIdx.x)),
-        step(Cut::step(threadIdx.x)) {}
-
-  // Of the row that the block now has.
-  __device__ void begin_row() {
-    const auto first = [&](const Strided<4>& operand) {
-      return block.at<T>(operand, block.head, block.first_d + d, step);
-    };
-    u = first(p.fwd.u);
-    delta = first(p.fwd.delta);
-    z = first(p.fwd.z);
-    dout = first(p.dout);
-    du = first(p.du);
-    ddelta = first(p.ddelta);
-    dz = first(p.dz);
-  }
-
+  // The first piece's channel and step.
+  __device__ static int d() { return Cut::row(threadIdx.x); }
+  __device__ static int step() { return Cut::step(threadIdx.x); }
+  // Which of the thread's two channels a four has: that of piece i, or one of those of both pieces.
   __device__ static constexpr int own(int i, int four) { return kAlongSteps ? i : four; }
-  // Channel, row of a plane and step of a four.
-  __device__ int channel(int i, int four) const { return d + i * kNextRow + Piece::row(four); }
-  __device__ int row(int i, int four) const {
-    return kAlongSteps ? channel(i, four) : d / 2 + four * (Shape::kBlockD / 2);
+  __device__ static int own_channel(int own) { return d() + (kAlongSteps ? own * kNextRow : own); }
+  // The row of a plane, and the step, of a four.
+  __device__ static int row(int i, int four) {
+    return kAlongSteps ? d() + i * kNextRow : d() / 2 + four * (Shape::kBlockD / 2);
   }
-  __device__ int step_of(int i, int four) const {
-    return step + i * kNextStep + Piece::step(four, 0);
+  __device__ static int step_of(int i, int four) {
+    return step() + i * kNextStep + Piece::step(four, 0);
   }
 
-  // A thread's pieces of an operand. A whole tile's are moved as vectors.
-  template <bool kWhole>
-  __device__ __forceinline__ void load(Piece (&pieces)[kOwn], const T* from,
-                                       const Strided<4>& strides, int64_t t, int steps) const {
-    using Input = Cursor<const T, kAlongSteps>;
-    Input input{from + t * strides.stride[3], strides.stride[2], strides.stride[3]};
+  // Leaves Δ, Δu and dy, as far as `kUse` needs them. `moves_vectors`: whether the pieces of whole
+  // tiles are aligned.
+  template <ScanBwdUse kUse>
+  __device__ __forceinline__ void stage(bool moves_vectors) const {
+    if (moves_vectors && steps == Shape::kTile)
+      stage_pieces<kUse, true>();
+    else
+      stage_some<kUse>(*this);
+  }
+  // From what the recurrence left of the tile: du, ddelta and dz; adds to dD and ddelta_bias.
+  __device__ __forceinline__ void finish(bool moves_vectors) const {
+    if (moves_vectors && steps == Shape::kTile)
+      finish_pieces<true>();
+    else
+      finish_some(*this);
+  }
+
+  // The threads that have pieces of channel `channel`, and which of theirs it is.
+  template <typename Function>
+  __device__ __forceinline__ static void for_each_thread_of(int channel, const Function& function) {
+    constexpr int kAlong = kAlongSteps ? Cut::kAlong : Cut::kAlong / kOwn;
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      const int rows_left = block.channels - d - i * kNextRow;
-      if constexpr (kWhole)
-        pieces[i] = rows_left > 0 ? input.load() : Piece{};
+    for (int i = 0; i < kAlong; ++i)
+      if constexpr (kAlongSteps)
+        function(channel % kNextRow / 8 * (8 * kAlong) + i * 8 + channel % 8, channel / kNextRow);
       else
-        pieces[i] = Input::load_some(input, 0, 0, rows_left, steps - step - i * kNextStep);
-      input.at += kNextRow * input.stride_row + kNextStep * input.stride_t;
-    }
+        function(i * Cut::kAcross + channel / 2, channel % 2);
+  }
+
+ private:
+  template <ScanBwdUse kUse>
+  __device__ __noinline__ static void stage_some(ScanBwdTile tile) {
+    tile.template stage_pieces<kUse, false>();
+  }
+  __device__ __noinline__ static void finish_some(ScanBwdTile tile) {
+    tile.template finish_pieces<false>();
+  }
+
+  // At piece i.
+  template <typename Pointer>
+  __device__ __forceinline__ Cursor<Pointer, kAlongSteps> cursor(Operand operand,
+                                                                 const Strided<4>& strides,
+                                                                 int i) const {
+    Pointer* const row = static_cast<Pointer*>(strides.data) + memory.row_at(operand);
+    return {row + (d() + i * kNextRow) * strides.stride[2] +
+                (t + step() + i * kNextStep) * strides.stride[3],
+            strides.stride[2], strides.stride[3]};
+  }
+  __device__ __forceinline__ int rows_left(int i) const {
+    return channels - d() - i * kNextRow;
+  }
+  __device__ __forceinline__ int steps_left(int i) const {
+    return steps - step() - i * kNextStep;
+  }
+
+  // Those of whole tiles are moved as vectors.
+  template <bool kWhole>
+  __device__ __forceinline__ Piece load(Operand operand, const Strided<4>& strides, int i) const {
+    using Input = Cursor<const T, kAlongSteps>;
+    const Input from = cursor<const T>(operand, strides, i);
+    if constexpr (kWhole)
+      return rows_left(i) > 0 ? from.load() : Piece{};
+    else
+      return Input::load_some(from, 0, 0, rows_left(i), steps_left(i));
   }
   template <bool kWhole>
-  __device__ __forceinline__ void store(const StridedGradient<4>& gradient, T* to, int64_t t,
-                                        int steps, float (&value)[kOwn][8]) const {
+  __device__ __forceinline__ void store(Operand operand, const StridedGradient<4>& gradient, int i,
+                                        float (&value)[8]) const {
     using Output = Cursor<T, kAlongSteps>;
     if (!gradient.data) return;
     if (gradient.accumulate) {
-      Piece before[kOwn];
-      load<kWhole>(before, to, gradient, t, steps);
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i)
-#pragma unroll
-        for (int j = 0; j < 8; ++j) value[i][j] += before[i].get(j / 4, j % 4);
+      const Piece before = load<kWhole>(operand, gradient, i);
+      for_each([&](int j) { value[j] += before.get(j / 4, j % 4); });
     }
-    Output output{to + t * gradient.stride[3], gradient.stride[2], gradient.stride[3]};
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      float in_order[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) in_order[Piece::index(j / 4, j % 4)] = value[i][j];
-      Piece piece;
-      piece.set(in_order);
-      const int rows_left = block.channels - d - i * kNextRow;
-      if constexpr (kWhole) {
-        if (rows_left > 0) output.store(0, 0, piece);
-      } else {
-        Output::store_some(output, 0, 0, rows_left, steps - step - i * kNextStep, piece);
-      }
-      output.at += kNextRow * output.stride_row + kNextStep * output.stride_t;
+    float in_order[8];
+    for_each([&](int j) { in_order[Piece::index(j / 4, j % 4)] = value[j]; });
+    Piece piece;
+    piece.set(in_order);
+    const Output to = cursor<T>(operand, gradient, i);
+    if constexpr (kWhole) {
+      if (rows_left(i) > 0) to.store(0, 0, piece);
+    } else {
+      Output::store_some(to, 0, 0, rows_left(i), steps_left(i), piece);
     }
   }
 
-  // Of the channels of dD and dbias; 0 where there is none.
-  __device__ __forceinline__ void load(float (&to)[kChannels], const Strided<2>& of) const {
+  template <ScanBwdUse kUse, bool kWhole>
+  __device__ __forceinline__ void stage_pieces() const {
 #pragma unroll
-    for (int i = 0; i < kChannels; ++i) {
-      const int at = d + (kAlongSteps ? i * kNextRow : i);
-      to[i] = of.data && at < block.channels ? float_at(of, block.head, block.first_d + at) : 0.0f;
-    }
-  }
-
-  // Leaves Δ, Δu and dy of the tile of `steps` from t on, as far as `kUse` needs them.
-  template <ScanBwdUse kUse>
-  __device__ __forceinline__ void stage(int64_t t, int steps) const {
-    if (moves_vectors && steps == Shape::kTile)
-      stage_pieces<kUse, true>(t, Shape::kTile);
-    else
-      stage_pieces<kUse, false>(t, steps);
-    stage_coefficients<T, kAlongSteps, kUse>(block, memory, t, steps);
+    for (int i = 0; i < kOwn; ++i) stage_piece<kUse, kWhole>(i);
   }
   template <ScanBwdUse kUse, bool kWhole>
-  __device__ __forceinline__ void stage_pieces(int64_t t, int steps) const {
+  __device__ __forceinline__ void stage_piece(int i) const {
     constexpr bool kInputs = kUse != ScanBwdUse::gradients, kOutputs = kUse != ScanBwdUse::states;
     const SelectiveScanFwdParams& fwd = p.fwd;
-    float bias[kChannels];
-    load(bias, fwd.delta_bias);
-    Piece delta_t[kOwn], u_t[kOwn], z_t[kOwn], dout_t[kOwn];
-    load<kWhole>(delta_t, delta, fwd.delta, t, steps);
-    if (kInputs) load<kWhole>(u_t, u, fwd.u, t, steps);
-    if (kOutputs && fwd.z.data) load<kWhole>(z_t, z, fwd.z, t, steps);
-    if (kOutputs) load<kWhole>(dout_t, dout, p.dout, t, steps);
-    float dt[kOwn][8];
-    for_each_element(
-        [&](int i, int j) { dt[i][j] = delta_t[i].get(j / 4, j % 4) + bias[own(i, j / 4)]; });
-    if (fwd.delta_softplus) for_each_element([&](int i, int j) { dt[i][j] = softplus(dt[i][j]); });
-    // What does not exist leaves the states as they are.
-    for_each_element([&](int i, int j) {
-      if (channel(i, j / 4) >= block.channels || (!kWhole && step_of(i, j / 4) + j % 4 >= steps))
-        dt[i][j] = 0;
+    const Piece delta = load<kWhole>(Operand::delta, fwd.delta, i);
+    Piece u, z, dout;
+    if (kInputs) u = load<kWhole>(Operand::u, fwd.u, i);
+    if (kOutputs && fwd.z.data) z = load<kWhole>(Operand::z, fwd.z, i);
+    if (kOutputs) dout = load<kWhole>(Operand::dout, p.dout, i);
+    float value[8];
+    for_each([&](int j) {
+      value[j] = delta.get(j / 4, j % 4) + memory.bias(own_channel(own(i, j / 4)));
     });
+    if (fwd.delta_softplus) for_each([&](int j) { value[j] = softplus(value[j]); });
+    // What does not exist leaves the states as they are.
+    for_each([&](int j) {
+      if (own_channel(own(i, j / 4)) >= channels || (!kWhole && step_of(i, j / 4) + j % 4 >= steps))
+        value[j] = 0;
+    });
+    store_plane(value, i, [&](int r) { return memory.delta(r); });
     if (kInputs) {
-      float dt_u[kOwn][8];
-      for_each_element([&](int i, int j) { dt_u[i][j] = dt[i][j] * u_t[i].get(j / 4, j % 4); });
-      store_plane(dt_u, [&](int r) { return memory.delta_u(r); });
+      for_each([&](int j) { value[j] *= u.get(j / 4, j % 4); });
+      store_plane(value, i, [&](int r) { return memory.delta_u(r); });
     }
-    store_plane(dt, [&](int r) { return memory.delta(r); });
     if (kOutputs) {
-      float dy[kOwn][8];
-      for_each_element([&](int i, int j) { dy[i][j] = dout_t[i].get(j / 4, j % 4); });
-      if (fwd.z.data)
-        for_each_element([&](int i, int j) { dy[i][j] *= silu(z_t[i].get(j / 4, j % 4)); });
-      store_plane(dy, [&](int r) { return memory.dy(r); });
+      for_each([&](int j) { value[j] = dout.get(j / 4, j % 4); });
+      if (fwd.z.data) for_each([&](int j) { value[j] *= silu(z.get(j / 4, j % 4)); });
+      store_plane(value, i, [&](int r) { return memory.dy(r); });
     }
   }
 
-  // From what the recurrence left of the tile: du, ddelta and dz; adds to dD and ddelta_bias.
-  __device__ __forceinline__ void finish(int64_t t, int steps) {
-    if (moves_vectors && steps == Shape::kTile)
-      finish_pieces<true>(t, Shape::kTile);
-    else
-      finish_pieces<false>(t, steps);
+  template <bool kWhole>
+  __device__ __forceinline__ void finish_pieces() const {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) finish_piece<kWhole>(i);
   }
   template <bool kWhole>
-  __device__ __forceinline__ void finish_pieces(int64_t t, int steps) {
+  __device__ __forceinline__ void finish_piece(int i) const {
     const SelectiveScanFwdParams& fwd = p.fwd;
-    float bias[kChannels], D[kChannels];
-    load(bias, fwd.delta_bias);
-    load(D, fwd.D);
-    Piece delta_t[kOwn], u_t[kOwn], z_t[kOwn], dout_t[kOwn];
-    load<kWhole>(dout_t, dout, p.dout, t, steps);
-    if (fwd.z.data) load<kWhole>(z_t, z, fwd.z, t, steps);
-    load<kWhole>(u_t, u, fwd.u, t, steps);
-    if (fwd.delta_softplus) load<kWhole>(delta_t, delta, fwd.delta, t, steps);
+    const Piece dout = load<kWhole>(Operand::dout, p.dout, i);
+    Piece z, delta;
+    if (fwd.z.data) z = load<kWhole>(Operand::z, fwd.z, i);
+    const Piece u = load<kWhole>(Operand::u, fwd.u, i);
+    if (fwd.delta_softplus) delta = load<kWhole>(Operand::delta, fwd.delta, i);
+    const auto D = [&](int j) { return memory.D(own_channel(own(i, j / 4))); };
 
-    float dy[kOwn][8];
-    for_each_element([&](int i, int j) { dy[i][j] = dout_t[i].get(j / 4, j % 4); });
+    float dy[8], dx[8], value[8];
+    for_each([&](int j) { dy[j] = dout.get(j / 4, j % 4); });
     if (fwd.z.data) {
-      float y[kOwn][8];
-      load_plane(y, [&](int r, int at) { return memory.y(r, at / 4); });
-      for_each_element([&](int i, int j) {
-        y[i][j] += D[own(i, j / 4)] * u_t[i].get(j / 4, j % 4);
-        const float gate = z_t[i].get(j / 4, j % 4), opening = sigmoid(gate);
-        const float opened = dy[i][j] * opening;
-        dy[i][j] = opened * gate;
-        y[i][j] *= opened + dy[i][j] * (1.0f - opening);
+      load_plane(value, i, [&](int r, int at) { return memory.y(r, at / 4); });
+      for_each([&](int j) {
+        const float y = value[j] + D(j) * u.get(j / 4, j % 4);
+        const float gate = z.get(j / 4, j % 4), opening = sigmoid(gate);
+        const float opened = dy[j] * opening;
+        dy[j] = opened * gate;
+        value[j] = y * (opened + dy[j] * (1.0f - opening));
       });
-      store<kWhole>(p.dz, dz, t, steps, y);
+      store<kWhole>(Operand::dz, p.dz, i, value);
     }
-    float dx[kOwn][8], dt[kOwn][8];
-    load_plane(dx, [&](int r, int at) { return memory.dx(r, at / 4); });
-    load_plane(dt, [&](int r, int at) { return memory.delta(r) + at; });
-    for_each_element(
-        [&](int i, int j) { dt[i][j] = dt[i][j] * dx[i][j] + D[own(i, j / 4)] * dy[i][j]; });
-    store<kWhole>(p.du, du, t, steps, dt);
-    load_plane(dt, [&](int r, int at) { return memory.delta_u(r) + at; });
-    for_each_element([&](int i, int j) {
-      const float u_j = u_t[i].get(j / 4, j % 4);
-      dx[i][j] = u_j * dx[i][j] + kLn2 * dt[i][j];
-      dy[i][j] *= u_j;
+    load_plane(dx, i, [&](int r, int at) { return memory.dx(r, at / 4); });
+    load_plane(value, i, [&](int r, int at) { return memory.delta(r) + at; });
+    for_each([&](int j) { value[j] = value[j] * dx[j] + D(j) * dy[j]; });
+    store<kWhole>(Operand::du, p.du, i, value);
+    load_plane(value, i, [&](int r, int at) { return memory.delta_u(r) + at; });
+    for_each([&](int j) {
+      value[j] = u.get(j / 4, j % 4) * dx[j] + kLn2 * value[j];
+      dy[j] *= u.get(j / 4, j % 4);
     });
     if (fwd.delta_softplus)
-      for_each_element([&](int i, int j) {
-        const float raw = delta_t[i].get(j / 4, j % 4) + bias[own(i, j / 4)];
-        dx[i][j] *= raw > 20.0f ? 1.0f : sigmoid(raw);
+      for_each([&](int j) {
+        const float raw = delta.get(j / 4, j % 4) + memory.bias(own_channel(own(i, j / 4)));
+        value[j] *= raw > 20.0f ? 1.0f : sigmoid(raw);
       });
-    for_each_element([&](int i, int j) {
+    float* const sums = memory.thread_sums();
+    Four sum = load_four(sums);  // dD of both channels, and ddelta_bias
+    for_each([&](int j) {
       // Beyond the last step nothing was left in shared memory.
       if (!kWhole && step_of(i, j / 4) + j % 4 >= steps) return;
-      dD[own(i, j / 4)] += dy[i][j];
-      dbias[own(i, j / 4)] += dx[i][j];
+      sum.value[own(i, j / 4)] += dy[j];
+      sum.value[kChannels + own(i, j / 4)] += value[j];
     });
-    store<kWhole>(p.ddelta, ddelta, t, steps, dx);
+    store_four(sums, sum);
+    store<kWhole>(Operand::ddelta, p.ddelta, i, value);
   }
 
   template <typename Function>
-  __device__ __forceinline__ static void for_each_element(const Function& function) {
+  __device__ __forceinline__ static void for_each(const Function& function) {
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i)
-#pragma unroll
-      for (int j = 0; j < 8; ++j) function(i, j);
+    for (int j = 0; j < 8; ++j) function(j);
   }
   template <typename Row>
-  __device__ __forceinline__ void store_plane(const float (&value)[kOwn][8],
-                                              const Row& row_of) const {
+  __device__ __forceinline__ static void store_plane(const float (&value)[8], int i,
+                                                     const Row& row_of) {
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i)
-#pragma unroll
-      for (int four = 0; four < 2; ++four) {
-        const float* of = value[i] + 4 * four;
-        store_four(row_of(row(i, four)) + step_of(i, four), {of[0], of[1], of[2], of[3]});
-      }
+    for (int four = 0; four < 2; ++four) {
+      const float* of = value + 4 * four;
+      store_four(row_of(row(i, four)) + step_of(i, four), {of[0], of[1], of[2], of[3]});
+    }
   }
   template <typename At>
-  __device__ __forceinline__ void load_plane(float (&value)[kOwn][8], const At& at) const {
+  __device__ __forceinline__ static void load_plane(float (&value)[8], int i, const At& at) {
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i)
+    for (int four = 0; four < 2; ++four) {
+      const Four of = load_four(at(row(i, four), step_of(i, four)));
 #pragma unroll
-      for (int four = 0; four < 2; ++four) {
-        const Four of = load_four(at(row(i, four), step_of(i, four)));
-#pragma unroll
-        for (int j = 0; j < 4; ++j) value[i][4 * four + j] = of.value[j];
-      }
-  }
-
-  // Leaves the block's dD and ddelta_bias, in sums of kDstate + 2 a channel. Shared memory is free.
-  __device__ __forceinline__ void store_sums(float* shared, float* sums) const {
-    constexpr int kOfChannel = Shape::kThreads * kChannels / Shape::kBlockD, kRow = kOfChannel + 1;
-    // The threads of a channel: of its eight pieces, or of two each of sixteen.
-    const int thread = static_cast<int>(threadIdx.x);
-    const int at = kAlongSteps ? step / 8 : thread / (Shape::kBlockD / 2);
-    float* dbias_at = shared + Shape::kBlockD * kRow;
-#pragma unroll
-    for (int i = 0; i < kChannels; ++i) {
-      const int own_d = d + (kAlongSteps ? i * kNextRow : i);
-      shared[own_d * kRow + at] = dD[i];
-      dbias_at[own_d * kRow + at] = dbias[i];
-    }
-    __syncthreads();
-    if (thread < 2 * Shape::kBlockD && thread % Shape::kBlockD < block.channels) {
-      const int own_d = thread % Shape::kBlockD, which = thread / Shape::kBlockD;
-      float sum = 0;
-#pragma unroll
-      for (int i = 0; i < kOfChannel; ++i)
-        sum += shared[(which * Shape::kBlockD + own_d) * kRow + i];
-      sums[block.channel(own_d) * (Shape::kDstate + 2) + Shape::kDstate + which] = sum;
+      for (int j = 0; j < 4; ++j) value[4 * four + j] = of.value[j];
     }
   }
 };
+
+// What a block has for all tiles.
+__device__ inline void begin_block(const ScanBwdBlock& block) {
+  const ScanBwdMemory& memory = block.memory;
+  const SelectiveScanFwdParams& p = block.p.fwd;
+  store_four(memory.thread_sums(), {});
+  const int d = static_cast<int>(threadIdx.x);
+  if (d >= ScanBwdShape::kBlockD) return;
+  const auto load = [&](const Strided<2>& of) {
+    return of.data && d < block.channels ? float_at(of, block.head, block.first_d + d) : 0.0f;
+  };
+  memory.bias(d) = load(p.delta_bias);
+  memory.D(d) = load(p.D);
+}
+
+// And for all of those of its row. Between barriers.
+__device__ inline void begin_row(const ScanBwdBlock& block) {
+  if (threadIdx.x != 0) return;
+  const SelectiveScanBwdParams& p = block.p;
+  const auto begin = [&](ScanBwdOperand operand, const Strided<4>& strides) {
+    block.memory.row_at(operand) = block.at(strides, block.head, block.first_d, 0);
+  };
+  begin(ScanBwdOperand::u, p.fwd.u);
+  begin(ScanBwdOperand::delta, p.fwd.delta);
+  begin(ScanBwdOperand::z, p.fwd.z);
+  begin(ScanBwdOperand::dout, p.dout);
+  begin(ScanBwdOperand::du, p.du);
+  begin(ScanBwdOperand::ddelta, p.ddelta);
+  begin(ScanBwdOperand::dz, p.dz);
+}
+
+// Leaves the block's dD and ddelta_bias in `sums`, kDstate + 2 a channel.
+template <typename Tile>
+__device__ __forceinline__ void store_thread_sums(const ScanBwdBlock& block, float* sums) {
+  using Shape = ScanBwdShape;
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread >= 2 * Shape::kBlockD || thread % Shape::kBlockD >= block.channels) return;
+  const int d = thread % Shape::kBlockD, which = thread / Shape::kBlockD;
+  float sum = 0;
+  Tile::for_each_thread_of(d, [&](int of, int own) {
+    sum += block.memory.thread_sums(of)[which * Tile::kChannels + own];
+  });
+  sums[block.channel(d) * (Shape::kDstate + 2) + Shape::kDstate + which] = sum;
+}
 
 }  // namespace ssmcore::cuda

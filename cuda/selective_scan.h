@@ -18,7 +18,7 @@ size_t selective_scan_varying_fwd_workspace_size(const SelectiveScanFwdParams& p
 
 // The backward of real A, and B and C that vary in time, of few states; is_varying_scan_bwd() says
 // what it takes.
-bool is_varying_scan_bwd(const SelectiveScanBwdParams& params);
+bool is_varying_scan_bwd(const SelectiveScanBwdParams& params, const Context& context);
 void selective_scan_varying_bwd(const SelectiveScanBwdParams& params, const Exec& exec);
 size_t selective_scan_varying_bwd_workspace_size(const SelectiveScanBwdParams& params,
                                                  const Context& context);

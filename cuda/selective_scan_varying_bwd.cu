@@ -80,8 +80,9 @@ ScanBwdWorkspace ScanBwdPlan::workspace(const SelectiveScanBwdParams& params,
   return workspace;
 }
 
-bool is_varying_scan_bwd(const SelectiveScanBwdParams& params) {
+bool is_varying_scan_bwd(const SelectiveScanBwdParams& params, const Context& context) {
   const SelectiveScanFwdParams& p = params.fwd;
+  if (context.cuda().shared_memory_per_block() < kScanBwdSharedBytes) return false;
   return p.dtype != DType::float64 && !p.complex && p.B && p.C && p.dstate <= kDstate;
 }
 

@@ -18,15 +18,30 @@ class Arrival {
   }
   // For the end of the phase of this parity: 0 for the first one.
   __device__ __forceinline__ void wait(int parity) const {
-    asm volatile(
-        "{ .reg .pred done; "
-        "again_%=: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; "
-        "@!done bra again_%=; }" ::"r"(address()),
-        "r"(parity)
-        : "memory");
+    while (!is_over(parity)) {
+    }
   }
 
  private:
+  __device__ __forceinline__ bool is_over(int parity) const {
+    int over;
+#if __CUDA_ARCH__ >= 900  // sleeps for a while
+    asm volatile(
+        "{ .reg .pred over; mbarrier.try_wait.parity.shared.b64 over, [%1], %2; "
+        "selp.s32 %0, 1, 0, over; }"
+        : "=r"(over)
+        : "r"(address()), "r"(parity)
+        : "memory");
+#else
+    asm volatile(
+        "{ .reg .pred over; mbarrier.test_wait.parity.shared.b64 over, [%1], %2; "
+        "selp.s32 %0, 1, 0, over; }"
+        : "=r"(over)
+        : "r"(address()), "r"(parity)
+        : "memory");
+#endif
+    return over != 0;
+  }
   __device__ __forceinline__ uint32_t address() const {
     return static_cast<uint32_t>(__cvta_generic_to_shared(&state_));
   }

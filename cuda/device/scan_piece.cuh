@@ -85,6 +85,7 @@ struct Slot {
   __device__ __forceinline__ uint32_t* at(int word) const {
     return first + word / 4 * 4 * kThreads + word % 4;
   }
+  // By way of the second-level cache alone.
   __device__ __forceinline__ Piece load() const {
     Piece piece;
 #pragma unroll
@@ -143,12 +144,13 @@ struct Cursor {
     }
   }
 
+  // By way of the second-level cache alone.
   __device__ __forceinline__ Piece load() const {
     Piece piece;
     if constexpr (kAlongSteps) {
 #pragma unroll
       for (int i = 0; i < Piece::kWords; i += 4) {
-        const uint4 v = reinterpret_cast<const uint4*>(at)[i / 4];
+        const uint4 v = __ldcg(reinterpret_cast<const uint4*>(at) + i / 4);
         piece.word[i] = v.x;
         piece.word[i + 1] = v.y;
         piece.word[i + 2] = v.z;
@@ -159,11 +161,11 @@ struct Cursor {
       for (int i = 0; i < 4; ++i) {
         const T* from = at + i * stride_t;
         if constexpr (sizeof(T) == 4) {
-          const uint2 v = *reinterpret_cast<const uint2*>(from);
+          const uint2 v = __ldcg(reinterpret_cast<const uint2*>(from));
           piece.word[2 * i] = v.x;
           piece.word[2 * i + 1] = v.y;
         } else {
-          piece.word[i] = *reinterpret_cast<const uint32_t*>(from);
+          piece.word[i] = __ldcg(reinterpret_cast<const unsigned*>(from));
         }
       }
     }

@@ -24,14 +24,11 @@ __device__ __forceinline__ uint32_t cut_to_tf32(float value) {
   return __float_as_uint(value) & 0xffffe000u;
 }
 
-// A factor `b` as add_product() wants it. For bfloat16 it is rounded, and longer by the half unit
-// by which `a` is cut short on average.
+// A factor `b` as add_product() wants it: for bfloat16 longer by the two half units by which both
+// factors are cut short on average.
 template <typename T>
 __device__ __forceinline__ float prepare_factor(float b) {
-  if constexpr (!std::is_same_v<T, bfloat16>) return b;
-  uint32_t rounded;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(b * (1 + 0x1p-11f)));
-  return __uint_as_float(rounded);
+  return std::is_same_v<T, bfloat16> ? b * (1 + 0x1p-10f) : b;
 }
 
 // The same as accurately as results of T ask for: all but bfloat16 have the factors split into what
