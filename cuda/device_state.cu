@@ -148,6 +148,12 @@ void synchronize(DeviceState& device, void* stream) {
   device.raise_faults();
 }
 
+void synchronize_device(DeviceState& device) {
+  const DeviceGuard guard(device.index());
+  check(cudaDeviceSynchronize(), "synchronize");
+  device.raise_faults();
+}
+
 void* make_stream(DeviceState& device) {
   const DeviceGuard guard(device.index());
   cudaStream_t stream = nullptr;

@@ -2,6 +2,7 @@
 #include <memory>
 #include <vector>
 
+#include "cuda_backend.h"
 #include "memory.h"
 #include "scratch.h"
 #include "ssmcore/buffer.h"
@@ -51,6 +52,8 @@ Checkpoint float32_copy(const Checkpoint& checkpoint, const Context& context) {
 }
 
 Checkpoint host_copy(const Checkpoint& checkpoint, const Context& context) {
+  // Whatever stream the weights were written on.
+  if (context.device().type == DeviceType::cuda) cuda::synchronize_device(context.cuda());
   Checkpoint copy = checkpoint;
   const auto place = [&](Scratch scratch) {
     for (auto& [name, tensor] : copy.tensors.tensors) {

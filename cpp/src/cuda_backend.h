@@ -28,6 +28,9 @@ void set_cublaslt_path(const char* path);
 // Waits for `stream` and throws what the device or a kernel had to report.
 void synchronize(DeviceState& device, void* stream);
 
+// Waits for everything on the device, and throws likewise.
+void synchronize_device(DeviceState& device);
+
 // A stream that does not wait for the default one.
 void* make_stream(DeviceState& device);
 void destroy_stream(DeviceState& device, void* stream) noexcept;

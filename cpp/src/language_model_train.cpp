@@ -67,6 +67,7 @@ struct Integers {
     if (!is_on_host(given)) {
       device = given.select(0, 0);
       device.shape[0] = given.numel();
+      device.strides[0] = 1;  // contiguous, but a single column may have any stride
       return;
     }
     host = flat_integers(given);
@@ -143,7 +144,7 @@ class LanguageModel::TrainingStep {
   TensorView hidden_;            // (batch, seqlen, d_model): also its gradient
   TensorView dresidual_;         // (tokens, d_model), float32
   TensorView logits_, lse_;      // of head_tokens() positions, float32
-  TensorView dlogits_;           // like logits_: on a GPU in the type of the activations
+  TensorView dlogits_;           // like logits_: on a GPU bfloat16 where activations are
   TensorView position_loss_;     // (tokens), float32
   TensorView loss_weight_;       // (1), float32: the loss by each position's loss
   int64_t num_targets_ = 0;
@@ -175,7 +176,8 @@ LanguageModel::TrainingStep::TrainingStep(const LanguageModel& model,
   const int64_t vocab_size = model.config().vocab_size;
   const int64_t positions = std::min(tokens_, head_tokens(vocab_size, device));
   logits_ = dlogits_ = scratch.tensor(DType::float32, {positions, vocab_size}, device);
-  if (!(device == Device{}) && model.dtype() != DType::float32)
+  // But for float16, which would round gradients of unlikely tokens to 0.
+  if (!(device == Device{}) && model.dtype() == DType::bfloat16)
     dlogits_ = scratch.tensor(model.dtype(), {positions, vocab_size}, device);
   position_loss_ = scratch.tensor(DType::float32, {tokens_}, device);
   loss_weight_ = scratch.tensor(DType::float32, {1}, device);

@@ -37,6 +37,7 @@ struct DeltaBC {
 // (batch, seqlen, n), contiguous or a slice along n of such, as (batch · seqlen, n).
 inline TensorView as_rows(const TensorView& tensor) {
   TensorView rows = tensor.select(0, 0);
+  if (tensor.shape[1] == 1) rows.strides[0] = tensor.strides[0];
   rows.shape[0] = tensor.shape[0] * tensor.shape[1];
   return rows;
 }

@@ -40,6 +40,10 @@ void synchronize(DeviceState&, void*) {
   fail();
 }
 
+void synchronize_device(DeviceState&) {
+  fail();
+}
+
 void* make_stream(DeviceState&) {
   fail();
 }

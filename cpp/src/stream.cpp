@@ -52,7 +52,11 @@ void copy(const TensorView& source, const TensorView& target, const Exec& exec) 
     std::memmove(target.data, source.data, bytes);
     return;
   }
-  cuda::copy_bytes(exec.context.cuda(), target.data, source.data, bytes, exec.stream);
+  cuda::DeviceState& device = exec.context.cuda();
+  cuda::copy_bytes(device, target.data, source.data, bytes, exec.stream);
+  // Pinned memory of the host would still be under way.
+  if (source.device == Device{} || target.device == Device{})
+    cuda::synchronize(device, exec.stream);
 }
 
 }  // namespace ssmcore

@@ -131,10 +131,10 @@ TrainerStep Trainer::step(const TensorView& token_ids, const TensorView& targets
   const float loss = loss_and_gradients(token_ids, targets);
   const double sum = sum_of_squares(all_gradients_);
   if (!std::isfinite(loss) || !std::isfinite(sum))
-    throw Error(ErrorCode::not_finite,
-                std::string(kOp) + ": step " + std::to_string(steps_taken_ + 1) + ": " +
-                    first_not_finite() + " is not finite (the loss is " + std::to_string(loss) +
-                    "); nothing was updated");
+    throw Error(ErrorCode::not_finite, std::string(kOp) + ": step " +
+                                           std::to_string(steps_taken_ + 1) + ": " +
+                                           first_not_finite() + " is not finite (the loss is " +
+                                           std::to_string(loss) + "); nothing was updated");
 
   AdamWArgs args;
   args.step = steps_taken_ + 1;

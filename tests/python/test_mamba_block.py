@@ -57,6 +57,17 @@ def test_from_the_start(backend: Backend, dtype: str, seqlen: int) -> None:
     assert_same_bits(with_states(backend, inputs, zeros)[0], out)
 
 
+@pytest.mark.parametrize("view", ["new axis", "transposed"])
+def test_single_steps_of_any_stride(backend: Backend, view: str) -> None:
+    """The stride of a dimension of size 1 means nothing."""
+    inputs = BlockCase(batch=4, seqlen=1).inputs()
+    expected = backend.call(ops.mamba_block, **inputs)
+    rows = np.ascontiguousarray(inputs["x"][:, 0])
+    strided = rows[:, None] if view == "new axis" else rows[None].transpose(1, 0, 2)
+    assert strided.shape == inputs["x"].shape
+    assert_same_bits(backend.call(ops.mamba_block, **{**inputs, "x": strided}), expected)
+
+
 @pytest.mark.parametrize("parameter", ["in_proj.bias", "conv1d.bias", "out_proj.bias"])
 def test_optional_parameters(backend: Backend, parameter: str) -> None:
     inputs = BlockCase(proj_bias=True).inputs()

@@ -106,7 +106,8 @@ struct LoadOptions {
   // most weights are stored in on a GPU. Weights stay as stored,
   std::optional<DType> dtype;
   // or are copied as float32 to memory of the model's own, where parameters() may be written. On a
-  // GPU matrices are then used in the type of the activations.
+  // GPU matrices are then used in the type of the activations. (Gradients of float16 activations
+  // underflow where there are many targets; bfloat16 is for training.)
   bool trainable = false;
   LoadProgress progress = nullptr;  // optional
 };
@@ -149,7 +150,8 @@ class LanguageModel {
   void forward(const LanguageModelFwdArgs& args, const Exec& exec) const;
 
   // One training step: the mean cross entropy and its gradients. The logits of few positions exist
-  // at a time.
+  // at a time. On a GPU in the order of exec.stream; with token_ids or targets of the host, or with
+  // cu_seqlens, not while that is captured in a CUDA graph.
   size_t loss_and_gradients_workspace_size(const LanguageModelTrainArgs& args,
                                            const Context& context) const;
   void loss_and_gradients(const LanguageModelTrainArgs& args, const Exec& exec) const;
