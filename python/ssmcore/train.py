@@ -151,8 +151,8 @@ class Run:
         raises InvalidArgumentError. What is interrupted by Ctrl-C is saved.
 
         Raises:
-            NotFiniteError: for a loss or a gradient that is infinite or NaN. The last checkpoint is
-                kept.
+            NotFiniteError: for a loss, a gradient or a score that is infinite or NaN. The last
+                checkpoint is kept.
             BackendError: for a batch that does not fit in memory.
         """
         from tqdm import tqdm
@@ -214,7 +214,11 @@ class Run:
             name: self.model.score(text, self.settings.length).bits_per_byte
             for name, text in self._held_out.items()
         }
-        self.log.add_scores(self.trainer.steps_taken, bits)
+        step = self.trainer.steps_taken
+        for name, value in bits.items():
+            if not math.isfinite(value):
+                raise NotFiniteError(f"train: after step {step} the score of {name} is {value}")
+        self.log.add_scores(step, bits)
 
     def _try_to_save(self, bar: tqdm[Any]) -> None:
         try:

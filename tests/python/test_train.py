@@ -226,6 +226,13 @@ def test_loss_that_is_not_a_number(tmp_path: Path, text: Path) -> None:
     assert go_on(tmp_path / "model").trainer.steps_taken == 4
 
 
+def test_last_step_that_spoils_the_model(tmp_path: Path, text: Path) -> None:
+    given = {"lr": 1e20, "warmup": 0, "final_lr": 1.0, "steps": 1}
+    with pytest.raises(ssmcore.NotFiniteError, match=r"after step 1 the score of text.txt is nan"):
+        begin(tmp_path / "model", text, given=given).train(0, 0, progress=False)
+    assert not (tmp_path / "model" / STATE).exists()
+
+
 def test_batches_depend_on_seed_and_step_alone() -> None:
     corpus = Corpus(["abcdefgh" * 50, "ijkl" * 20], ByteTokenizer(), 256, 10)
     assert corpus.tokens.dtype == np.uint8 and len(corpus.tokens) == 480
@@ -356,6 +363,9 @@ def test_texts(tmp_path: Path, text: Path) -> None:
     (tmp_path / "empty.txt").touch()
     with refuses("train", "empty.txt", "empty"):
         begin(tmp_path / "model", tmp_path / "empty.txt")
+    (tmp_path / "one.txt").write_text("x")  # which is held out
+    with refuses("train", "0 tokens", "33"):
+        begin(tmp_path / "model", tmp_path / "one.txt")
     (tmp_path / "latin.txt").write_bytes("Élan".encode("latin-1") * 100)
     with refuses("train", "latin.txt", "UTF-8"):
         begin(tmp_path / "model", tmp_path / "latin.txt")
