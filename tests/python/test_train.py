@@ -120,6 +120,26 @@ def test_resumed_is_uninterrupted(tmp_path: Path, text: Path, device: str) -> No
     assert files(tmp_path / "parts") == before
 
 
+@pytest.mark.parametrize("step", [4, 8])
+def test_interrupted_before_a_score(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    begin(tmp_path / "whole", text).train(0, 4, progress=False)
+    run = begin(tmp_path / "parts", text)
+    score = run.model.score
+
+    def interrupted(*arguments: Any) -> Any:
+        if run.trainer.steps_taken == step:
+            raise KeyboardInterrupt
+        return score(*arguments)
+
+    monkeypatch.setattr(run.model, "score", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.train(0, 4, progress=False)
+    go_on(tmp_path / "parts").train(0, 4, progress=False)
+    assert go_on(tmp_path / "parts").log.scores == go_on(tmp_path / "whole").log.scores
+
+
 def before_steps(run: Run, act: Callable[[int], object]) -> None:
     """Calls `act` with the number of each step, before it is taken."""
     step = run.trainer.step
