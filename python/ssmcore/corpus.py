@@ -41,6 +41,7 @@ class Corpus:
                 for text in texts
                 for piece in _pieces(text)
             ]
+            or [np.empty(0, dtype)]
         )
         if len(self.tokens) <= length:
             raise InvalidArgumentError(

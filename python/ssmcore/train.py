@@ -151,8 +151,8 @@ class Run:
         raises InvalidArgumentError. What is interrupted by Ctrl-C is saved.
 
         Raises:
-            NotFiniteError: for a loss or a gradient that is infinite or NaN. The last checkpoint is
-                kept.
+            NotFiniteError: for a loss, a gradient or a score that is infinite or NaN. The last
+                checkpoint is kept.
             BackendError: for a batch that does not fit in memory.
         """
         from tqdm import tqdm
@@ -169,11 +169,11 @@ class Run:
             ) as bar,
         ):
             try:
+                is_new = self._evaluate_if_due(eval_every)  # Ctrl-C may have come before it
                 while trainer.steps_taken < settings.steps:
                     self._step(bar)
                     step = trainer.steps_taken
-                    if _is_due(step, eval_every, settings.steps):
-                        self._evaluate()
+                    self._evaluate_if_due(eval_every)
                     if step < settings.steps and _is_due(step, save_every, settings.steps):
                         self._try_to_save(bar)
             except NotFiniteError as error:
@@ -181,7 +181,7 @@ class Run:
             except KeyboardInterrupt:
                 self.save()
                 raise
-            if self._saved_step < settings.steps:
+            if is_new or self._saved_step < settings.steps:
                 self.save()
 
     def save(self) -> None:
@@ -209,12 +209,21 @@ class Run:
         bar.update()
         bar.set_postfix_str(f"loss {step.loss:.4f}, {rate:,.0f} tok/s")
 
-    def _evaluate(self) -> None:
+    def _evaluate_if_due(self, every: int) -> bool:
+        """Whether there is a new score."""
+        step, scores = self.trainer.steps_taken, self.log.scores
+        is_known = step == 0 or (bool(scores) and scores[-1]["step"] == step)
+        if is_known or not _is_due(step, every, self.settings.steps):
+            return False
         bits = {
             name: self.model.score(text, self.settings.length).bits_per_byte
             for name, text in self._held_out.items()
         }
-        self.log.add_scores(self.trainer.steps_taken, bits)
+        for name, value in bits.items():
+            if not math.isfinite(value):
+                raise NotFiniteError(f"train: after step {step} the score of {name} is {value}")
+        self.log.add_scores(step, bits)
+        return True
 
     def _try_to_save(self, bar: tqdm[Any]) -> None:
         try:

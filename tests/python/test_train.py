@@ -120,6 +120,26 @@ def test_resumed_is_uninterrupted(tmp_path: Path, text: Path, device: str) -> No
     assert files(tmp_path / "parts") == before
 
 
+@pytest.mark.parametrize("step", [4, 8])
+def test_interrupted_before_a_score(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    begin(tmp_path / "whole", text).train(0, 4, progress=False)
+    run = begin(tmp_path / "parts", text)
+    score = run.model.score
+
+    def interrupted(*arguments: Any) -> Any:
+        if run.trainer.steps_taken == step:
+            raise KeyboardInterrupt
+        return score(*arguments)
+
+    monkeypatch.setattr(run.model, "score", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.train(0, 4, progress=False)
+    go_on(tmp_path / "parts").train(0, 4, progress=False)
+    assert go_on(tmp_path / "parts").log.scores == go_on(tmp_path / "whole").log.scores
+
+
 def before_steps(run: Run, act: Callable[[int], object]) -> None:
     """Calls `act` with the number of each step, before it is taken."""
     step = run.trainer.step
@@ -224,6 +244,13 @@ def test_loss_that_is_not_a_number(tmp_path: Path, text: Path) -> None:
     with pytest.raises(ssmcore.NotFiniteError, match=match):
         run.train(2, 0, progress=False)
     assert go_on(tmp_path / "model").trainer.steps_taken == 4
+
+
+def test_last_step_that_spoils_the_model(tmp_path: Path, text: Path) -> None:
+    given = {"lr": 1e20, "warmup": 0, "final_lr": 1.0, "steps": 1}
+    with pytest.raises(ssmcore.NotFiniteError, match=r"after step 1 the score of text.txt is nan"):
+        begin(tmp_path / "model", text, given=given).train(0, 0, progress=False)
+    assert not (tmp_path / "model" / STATE).exists()
 
 
 def test_batches_depend_on_seed_and_step_alone() -> None:
@@ -356,6 +383,9 @@ def test_texts(tmp_path: Path, text: Path) -> None:
     (tmp_path / "empty.txt").touch()
     with refuses("train", "empty.txt", "empty"):
         begin(tmp_path / "model", tmp_path / "empty.txt")
+    (tmp_path / "one.txt").write_text("x")  # which is held out
+    with refuses("train", "0 tokens", "33"):
+        begin(tmp_path / "model", tmp_path / "one.txt")
     (tmp_path / "latin.txt").write_bytes("Élan".encode("latin-1") * 100)
     with refuses("train", "latin.txt", "UTF-8"):
         begin(tmp_path / "model", tmp_path / "latin.txt")
