@@ -70,10 +70,24 @@ def works() -> list[Work]:
         sizes = {"batch": batch, "dim": dim, "seqlen": seqlen, "dstate": dstate, "dtype": dtype}
         for layout in (L_FIRST, D_FIRST):
             result.append(Work(name, layout, scan, sizes, upstream, target))
+    backwards = [
+        (8, 4096, 2048, torch.bfloat16, 4.786, 1.60),
+        (8, 5120, 2048, torch.bfloat16, 6.000, 2.0),
+        (1, 4096, 2048, torch.bfloat16, 0.725, 0.26),
+        (1, 1024, 65536, torch.bfloat16, 5.717, 1.9),
+    ]
+    for batch, dim, seqlen, dtype, upstream, target in backwards:
+        name = f"scan backward, B{batch} D{dim} L{seqlen}"
+        sizes = {"batch": batch, "dim": dim, "seqlen": seqlen, "dstate": 16, "dtype": dtype}
+        for layout in (L_FIRST, D_FIRST):
+            result.append(Work(name, layout, scan_backward, sizes, upstream, target))
     sizes = {"batch": 8, "dim": 4096, "seqlen": 2048}
     for layout, upstream in ((L_FIRST, 0.098), (D_FIRST, 0.109)):
         name = "conv1d + SiLU, B8 D4096 L2048"
         result.append(Work(name, layout, convolution, sizes, upstream, 0.094))
+    for layout, upstream in ((L_FIRST, 0.270), (D_FIRST, 0.234)):
+        name = "conv1d + SiLU backward, B8 D4096 L2048"
+        result.append(Work(name, layout, convolution_backward, sizes, upstream, 0.150))
     sizes = {"batch": 256, "dim": 5120, "dstate": 16}
     for layout in (N_FIRST, D_FIRST):
         name = "state update, B256 D5120"
@@ -87,16 +101,16 @@ def uniform(least: float, most: float, *shape: int, dtype: torch.dtype) -> torch
     return torch.empty(shape, dtype=dtype, device="cuda").uniform_(least, most)
 
 
-def scan(
+def scan_inputs(
     layout: str, batch: int, dim: int, seqlen: int, dstate: int, dtype: torch.dtype
-) -> dict[str, Call]:
+) -> dict[str, Any]:
     def sequence(least: float, most: float, rows: int) -> torch.Tensor:
         if layout == L_FIRST:
             return uniform(least, most, batch, rows, seqlen, dtype=dtype)
         return uniform(least, most, batch, seqlen, rows, dtype=dtype).transpose(1, 2)
 
     # Ranges of a trained model: A from -16 to -1, Δ around 0.01.
-    parameters = {
+    return {
         "u": sequence(-1, 1, dim),
         "delta": sequence(-1, 1, dim),
         "A": uniform(-16, -1, dim, dstate, dtype=torch.float32),
@@ -107,6 +121,10 @@ def scan(
         "delta_bias": uniform(-6, -3, dim, dtype=torch.float32),
         "delta_softplus": True,
     }
+
+
+def scan(layout: str, **sizes: Any) -> dict[str, Call]:
+    parameters = scan_inputs(layout, **sizes)
     calls = {"ssmcore": lambda: ssmcore.ops.selective_scan(**parameters, return_last_state=False)}
     if importlib.util.find_spec("mamba_ssm"):
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
@@ -115,18 +133,62 @@ def scan(
     return calls
 
 
-def convolution(layout: str, batch: int, dim: int, seqlen: int) -> dict[str, Call]:
+def scan_backward(layout: str, **sizes: Any) -> dict[str, Call]:
+    """All gradients, from the states that the forward saves every 64 steps."""
+    parameters = scan_inputs(layout, **sizes)
+    dout = torch.empty_like(parameters["u"]).uniform_(-1, 1)
+    *_, states = ssmcore.ops.selective_scan(**parameters, chunk_size=64)
+    saved = {"dout": dout, "chunk_states": states, "chunk_size": 64}
+    calls = {"ssmcore": lambda: ssmcore.ops.selective_scan_bwd(**parameters, **saved)}
+    if importlib.util.find_spec("mamba_ssm"):
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+        with torch.inference_mode(False), torch.enable_grad():
+            leaves = {
+                name: value.clone().requires_grad_() if torch.is_tensor(value) else value
+                for name, value in parameters.items()
+            }
+            out, of_out = selective_scan_fn(**leaves), dout.clone()
+        inputs = [value for value in leaves.values() if torch.is_tensor(value)]
+
+        def upstream() -> Any:
+            with torch.inference_mode(False), torch.enable_grad():
+                return torch.autograd.grad(out, inputs, of_out, retain_graph=True)
+
+        calls["upstream"] = upstream
+    return calls
+
+
+def convolution_inputs(layout: str, batch: int, dim: int, seqlen: int) -> list[torch.Tensor]:
+    """x, weight and bias."""
     dtype = torch.bfloat16
     if layout == L_FIRST:
         x = uniform(-1, 1, batch, dim, seqlen, dtype=dtype)
     else:
         x = uniform(-1, 1, batch, seqlen, dim, dtype=dtype).transpose(1, 2)
-    weight, bias = uniform(-1, 1, dim, 4, dtype=dtype), uniform(-1, 1, dim, dtype=dtype)
+    return [x, uniform(-1, 1, dim, 4, dtype=dtype), uniform(-1, 1, dim, dtype=dtype)]
+
+
+def convolution(layout: str, batch: int, dim: int, seqlen: int) -> dict[str, Call]:
+    x, weight, bias = convolution_inputs(layout, batch, dim, seqlen)
     calls = {"ssmcore": lambda: ssmcore.ops.causal_conv1d(x, weight, bias, "silu")}
     if importlib.util.find_spec("causal_conv1d"):
         from causal_conv1d import causal_conv1d_fn
 
         calls["upstream"] = lambda: causal_conv1d_fn(x, weight, bias, activation="silu")
+    return calls
+
+
+def convolution_backward(layout: str, batch: int, dim: int, seqlen: int) -> dict[str, Call]:
+    x, weight, bias = convolution_inputs(layout, batch, dim, seqlen)
+    dout = torch.empty_like(x).uniform_(-1, 1)
+    calls = {"ssmcore": lambda: ssmcore.ops.causal_conv1d_bwd(dout, x, weight, bias, "silu")}
+    if importlib.util.find_spec("causal_conv1d"):
+        from causal_conv1d.cpp_functions import causal_conv1d_bwd_function
+
+        calls["upstream"] = lambda: causal_conv1d_bwd_function(
+            x, weight, bias, dout, None, None, None, None, False, True
+        )
     return calls
 
 
@@ -285,7 +347,8 @@ def measure_crossover(timer: Timer, quick: bool) -> list[dict[str, Any]]:
     seqlen = 512
     while seqlen <= (65536 if quick else 524288):
         print(f"crossover, L{seqlen}", file=sys.stderr)
-        calls = scan(L_FIRST, 1, 1024, seqlen, 16, torch.bfloat16)
+        sizes = {"batch": 1, "dim": 1024, "dstate": 16, "dtype": torch.bfloat16}
+        calls = scan(L_FIRST, seqlen=seqlen, **sizes)
         calls["attention"] = attention(seqlen)
         rows.append({"seqlen": seqlen, "samples": timer.samples(calls, SECONDS)})
         seqlen *= 2

@@ -11,20 +11,6 @@ constexpr const char* kOp = "causal_conv1d";
 constexpr int kThreads = 128;
 constexpr int kHalo = 4;  // inputs before a vector of steps that are read with it
 
-// Every entry of cu_seqlens, also those that no tile comes to see.
-__device__ void check_cu_seqlens(const CausalConv1dFwdParams& p, uint32_t* faults) {
-  if (!p.cu_seqlens.data) return;
-  const auto* entries = static_cast<const int32_t*>(p.cu_seqlens.data);
-  const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i <= p.rows;
-       i += threads) {
-    const int64_t entry = entries[i * p.cu_seqlens.stride[0]];
-    const int64_t before = i == 0 ? 0 : entries[(i - 1) * p.cu_seqlens.stride[0]];
-    if (entry < before || (i == 0 && entry != 0) || (i == p.rows && entry != p.seqlen))
-      report(faults, Fault::causal_conv1d_cu_seqlens);
-  }
-}
-
 // --- Any layout ----------------------------------------------------------------------------------
 
 // A thread has a tile of some channels, with all that sequences can bring: of any layout and width
@@ -205,12 +191,6 @@ void launch_channels(const CausalConv1dFwdParams& p, const Exec& exec) {
   launch_kernel(kOp, causal_conv1d_channels_kernel<T, Weight, kWidth>,
                 {blocks_for(items, kThreads), kThreads}, exec, p, plan_for(p, kChannels),
                 Divisor(lanes), Divisor(tiles), exec.context.cuda().faults());
-}
-
-// The vectors, aligned, that hold the steps of a row.
-int64_t step_vectors(const CausalConv1dFwdParams& p, int64_t size) {
-  const bool aligned = has_vectors(p.x.data, p.dtype, size, p.x.stride[0], p.x.stride[1]);
-  return ceil_div(p.seqlen + (aligned ? 0 : size - 1), size);
 }
 
 // Whether rows of x and out can be read by vectors of steps, from the same step on.

@@ -2,32 +2,10 @@
 // over the inputs. Here is also where sequences begin and end, and what they leave as their states.
 #pragma once
 
+#include "causal_conv1d_sequences.cuh"
 #include "causal_conv1d_state.cuh"
 
 namespace ssmcore::cuda {
-
-// Packed sequences, where they are clamped to the steps that there are.
-struct PackedRows {
-  const CausalConv1dFwdParams& p;
-
-  // Where a sequence begins, and the one before ends.
-  __device__ int64_t boundary(int64_t row) const {
-    const int64_t at = static_cast<const int32_t*>(p.cu_seqlens.data)[row * p.cu_seqlens.stride[0]];
-    return min(max(at, int64_t{0}), p.seqlen);
-  }
-  // The first sequence that begins at step t or after.
-  __device__ int64_t first_from(int64_t t) const {
-    int64_t low = 0, high = p.rows;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (boundary(middle) < t)
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    return low;
-  }
-};
 
 // Taps that are missing come first, and see nothing. kUnroll steps are loaded at once.
 template <typename T, int kChannels, int kWidth, int kUnroll>

@@ -50,6 +50,12 @@ inline bool takes_channel_vectors(const CausalConv1dFwdParams& p, int64_t channe
          (!p.bias || (p.bias.stride[0] == 1 && has_vectors(p.bias.data, p.bias_dtype, channels)));
 }
 
+// The vectors, aligned, that hold the steps of a row.
+inline int64_t step_vectors(const CausalConv1dFwdParams& p, int64_t size) {
+  const bool aligned = has_vectors(p.x.data, p.dtype, size, p.x.stride[0], p.x.stride[1]);
+  return ceil_div(p.seqlen + (aligned ? 0 : size - 1), size);
+}
+
 inline CausalConv1dFwdPlan plan_for(const CausalConv1dFwdParams& p, int64_t channels) {
   CausalConv1dFwdPlan plan{};
   plan.batch = p.cu_seqlens ? 1 : p.rows;

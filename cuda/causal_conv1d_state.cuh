@@ -5,6 +5,26 @@
 
 namespace ssmcore::cuda {
 
+// The slot that the sequence `row` has its states in; -1: none. `faults`: where to report one that
+// is not there.
+__device__ __forceinline__ int64_t state_slot(const CausalConv1dFwdParams& p, int64_t row,
+                                              uint32_t* faults) {
+  if (!p.state_indices.data) return row;
+  const int64_t slot =
+      static_cast<const int32_t*>(p.state_indices.data)[row * p.state_indices.stride[0]];
+  if (slot >= p.slots) report(faults, Fault::causal_conv1d_state_indices);
+  return slot < p.slots ? max(slot, int64_t{-1}) : -1;
+}
+
+// Reports a slot that two sequences have. For the threads of channel `lane` of `lanes`, of which
+// one each comes for every row.
+__device__ __forceinline__ void check_state_slot(const CausalConv1dFwdParams& p, int64_t row,
+                                                 int64_t lane, int64_t lanes, uint32_t* faults) {
+  if (p.state_indices.data)
+    report_shared_slot(static_cast<const int32_t*>(p.state_indices.data), p.state_indices.stride[0],
+                       row, lane, lanes, faults, Fault::causal_conv1d_shared_slot);
+}
+
 // Of kChannels channels from d on, for the sequence `row`.
 template <typename T, int kChannels>
 class CausalConv1dState {
@@ -16,11 +36,8 @@ class CausalConv1dState {
                                                int64_t d, uint32_t* faults)
       : p(p), plan(plan), row(row), d(d), faults(faults) {
     if (!p.initial_state.data && !p.final_state.data) return;
-    int64_t slot = row;
-    if (p.state_indices.data)
-      slot = static_cast<const int32_t*>(p.state_indices.data)[row * p.state_indices.stride[0]];
-    if (slot >= p.slots) report(faults, Fault::causal_conv1d_state_indices);
-    if (slot < 0 || slot >= p.slots) return;
+    const int64_t slot = state_slot(p, row, faults);
+    if (slot < 0) return;
     if (p.initial_state.data)
       initial = static_cast<const T*>(p.initial_state.data) + slot * p.initial_state.stride[0] +
                 d * p.initial_state.stride[1];
@@ -36,10 +53,7 @@ class CausalConv1dState {
 
   // For the threads that update the states of a row.
   __device__ __forceinline__ void check_slot() const {
-    if (p.state_indices.data)
-      report_shared_slot(static_cast<const int32_t*>(p.state_indices.data),
-                         p.state_indices.stride[0], row, d / kChannels, p.dim / kChannels, faults,
-                         Fault::causal_conv1d_shared_slot);
+    check_state_slot(p, row, d / kChannels, p.dim / kChannels, faults);
   }
 
   // The input `back` steps before the first: 1 to width - 1.

@@ -39,7 +39,9 @@ struct CausalConv1dWeights {
  private:
   template <typename W>
   __device__ __forceinline__ void load(const W* from) {
-    constexpr int kStep = N < kVectorSize<W> ? N : kVectorSize<W>, kCount = Words<W, kStep>::kCount;
+    // As many as `at`, a multiple of N, lets be aligned.
+    constexpr int kAligned = N & -N, kStep = kAligned < kVectorSize<W> ? kAligned : kVectorSize<W>;
+    constexpr int kCount = Words<W, kStep>::kCount;
 #pragma unroll
     for (int i = 0; i < N / kStep; ++i) {
       const auto some = load_words<kStep>(from + i * kStep);

@@ -262,7 +262,7 @@ struct Division {
   Division(const CrossEntropyFwdParams& p, int columns)
       : lanes(lanes_for(ceil_div(p.vocab_size, columns),
                         p.vocab_size <= kWarpSize ? kWarp : kMaxThreads)),
-        threads(std::max(lanes, kSmallThreads)),
+        threads(threads_for(lanes, kSmallThreads)),
         blocks(blocks_for(p.rows, threads / lanes)) {}
 };
 

@@ -21,12 +21,14 @@ const char* message(Fault fault) {
       return "selective_scan or selective_state_update: state_indices holds a slot twice; slots "
              "must differ";
     case Fault::causal_conv1d_cu_seqlens:
-      return "causal_conv1d: cu_seqlens does not ascend from 0 to the sequence length";
+      return "causal_conv1d or causal_conv1d_bwd: cu_seqlens does not ascend from 0 to the "
+             "sequence length";
     case Fault::causal_conv1d_state_indices:
-      return "causal_conv1d or causal_conv1d_update: state_indices holds an index beyond the slots";
+      return "causal_conv1d, causal_conv1d_bwd or causal_conv1d_update: state_indices holds an "
+             "index beyond the slots";
     case Fault::causal_conv1d_shared_slot:
-      return "causal_conv1d or causal_conv1d_update: state_indices holds a slot twice; slots must "
-             "differ";
+      return "causal_conv1d, causal_conv1d_bwd or causal_conv1d_update: state_indices holds a slot "
+             "twice; slots must differ";
     case Fault::causal_conv1d_cache_seqlens:
       return "causal_conv1d_update: cache_seqlens holds a negative entry";
     case Fault::embedding_token_ids:

@@ -42,20 +42,61 @@ struct Place {
   }
 };
 
+// A thread's eight elements are two runs of four, `apart` from each other and next to those of its
+// neighbours: so a warp's stores fill whole sectors of memory in any type, which of float32 eight
+// neighbours would not. There may be fewer runs at the end of a group.
+constexpr int kRun = 4;
+struct Runs {
+  int64_t at;
+  int count, apart;
+
+  __device__ Runs shifted(int64_t by) const { return {at + by, count, apart}; }
+};
+
+// Zeros beyond the end.
+__device__ __forceinline__ Raw load_runs(const void* data, DType dtype, const Runs& runs) {
+  Raw raw{};
+  if (dtype == DType::float32) {
+    const auto* from = static_cast<const float*>(data) + runs.at;
+    if (runs.count > 0) raw.low = *reinterpret_cast<const uint4*>(from);
+    if (runs.count > 1) raw.high = *reinterpret_cast<const uint4*>(from + runs.apart);
+  } else {
+    const auto* from = static_cast<const uint16_t*>(data) + runs.at;
+    uint2 first{}, second{};
+    if (runs.count > 0) first = *reinterpret_cast<const uint2*>(from);
+    if (runs.count > 1) second = *reinterpret_cast<const uint2*>(from + runs.apart);
+    raw.low = make_uint4(first.x, first.y, second.x, second.y);
+  }
+  return raw;
+}
+
+__device__ __forceinline__ void store_runs(void* data, DType dtype, const Runs& runs,
+                                           const float (&values)[kEight]) {
+  with_device_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using Run = std::conditional_t<sizeof(T) == 4, uint4, uint2>;
+    const auto words = to_words<T>(values);
+    const auto& of_words = reinterpret_cast<const Run(&)[2]>(words);
+    T* to = static_cast<T*>(data) + runs.at;
+    if (runs.count > 0) *reinterpret_cast<Run*>(to) = of_words[0];
+    if (runs.count > 1) *reinterpret_cast<Run*>(to + runs.apart) = of_words[1];
+  });
+}
+
 // What is read of a row.
 struct Inputs {
   Raw x, residual, z, dout, dresidual_out;
 };
 
-__device__ __forceinline__ void store_gradient(const StridedGradient<2>& gradient, int64_t at,
+__device__ __forceinline__ void store_gradient(const StridedGradient<2>& gradient, const Runs& runs,
                                                const float (&values)[kEight]) {
   if (!gradient.data) return;
   float sum[kEight] = {};
   if (gradient.accumulate)
-    to_floats(load_raw(gradient.data, gradient.dtype, at), gradient.dtype, sum);
+    to_floats(load_runs(gradient.data, gradient.dtype, runs), gradient.dtype, sum);
 #pragma unroll
   for (int i = 0; i < kEight; ++i) sum[i] += values[i];
-  store_eight(gradient.data, gradient.dtype, at, sum);
+  store_runs(gradient.data, gradient.dtype, runs, sum);
 }
 
 __device__ __forceinline__ void store_gradient(const StridedGradient<2>& gradient, int64_t at,
@@ -101,33 +142,35 @@ __global__ void __launch_bounds__(kMaxThreads)
   const bool gate_first = has_gate && !fwd.norm_before_gate;
   const bool gate_last = has_gate && fwd.norm_before_gate;
   const Place place(fwd, division);
-  const auto begin = [&](int j) {
-    return static_cast<int64_t>(place.lane + j * division.lanes) * kEight;
+  // Of the group, a thread's j-th vector.
+  const auto runs_of = [&](int64_t j) {
+    const int apart = division.lanes * kRun;
+    const int64_t at = place.lane * kRun + j * 2 * apart;
+    return Runs{at, (at < fwd.group_size) + (at + apart < fwd.group_size), apart};
   };
-  const auto is_inside = [&](int64_t row, int j) {
-    return place.line < division.lines && row < fwd.rows && begin(j) < fwd.group_size;
+  const auto in_row = [&](const Strided<2>& tensor, int64_t row, const Runs& runs) {
+    return runs.shifted(row * tensor.stride[0] + place.first);
   };
-  const auto at = [&](const Strided<2>& tensor, int64_t row, int j) {
-    return row * tensor.stride[0] + place.first + begin(j);
-  };
-  const auto load = [&](int64_t row, int j) {
+  const auto exists = [&](int64_t row) { return place.line < division.lines && row < fwd.rows; };
+  const auto load = [&](int64_t row, const Runs& runs) {
     Inputs in{};
-    if (!is_inside(row, j)) return in;
-    in.x = load_raw(fwd.x.data, fwd.dtype, at(fwd.x, row, j));
-    if (has_residual)
-      in.residual = load_raw(fwd.residual.data, fwd.residual_dtype, at(fwd.residual, row, j));
-    if (has_gate) in.z = load_raw(fwd.z.data, fwd.z_dtype, at(fwd.z, row, j));
-    in.dout = load_raw(p.dout.data, p.dout_dtype, at(p.dout, row, j));
+    if (!exists(row)) return in;
+    const auto load_operand = [&](const Strided<2>& tensor, DType dtype) {
+      return load_runs(tensor.data, dtype, in_row(tensor, row, runs));
+    };
+    in.x = load_operand(fwd.x, fwd.dtype);
+    if (has_residual) in.residual = load_operand(fwd.residual, fwd.residual_dtype);
+    if (has_gate) in.z = load_operand(fwd.z, fwd.z_dtype);
+    in.dout = load_operand(p.dout, p.dout_dtype);
     if (p.dresidual_out.data)
-      in.dresidual_out =
-          load_raw(p.dresidual_out.data, p.dresidual_out_dtype, at(p.dresidual_out, row, j));
+      in.dresidual_out = load_operand(p.dresidual_out, p.dresidual_out_dtype);
     return in;
   };
-  const auto load_weight = [&](int j, float (&weight)[kEight]) {
+  const auto load_weight = [&](const Runs& runs, float (&weight)[kEight]) {
 #pragma unroll
     for (float& w : weight) w = 1.0f;
-    if (fwd.weight.data && begin(j) < fwd.group_size)
-      to_floats(load_raw(fwd.weight.data, fwd.weight_dtype, place.first + begin(j)),
+    if (fwd.weight.data)
+      to_floats(load_runs(fwd.weight.data, fwd.weight_dtype, runs.shifted(place.first)),
                 fwd.weight_dtype, weight);
   };
   // Calls body(i, terms) for a vector's elements.
@@ -148,25 +191,27 @@ __global__ void __launch_bounds__(kMaxThreads)
   };
 
   // Of a line's rows so far; the first overwrites what is in memory.
-  const auto sum_at = [&](int j) { return place.line * fwd.dim + place.first + begin(j); };
+  const auto in_sums = [&](const Runs& runs) {
+    return runs.shifted(place.line * fwd.dim + place.first);
+  };
 
   const int64_t per_vector = division.lanes * kEight;  // of all lanes
   const int64_t vectors = kOne ? 1 : (fwd.group_size + per_vector - 1) / per_vector;
   float weight[kEight], dweight[kEight] = {};
-  if (kOne) load_weight(0, weight);
+  if (kOne) load_weight(runs_of(0), weight);
   Inputs next;
-  if (kPrefetch) next = load(place.line, 0);
+  if (kPrefetch) next = load(place.line, runs_of(0));
   int turn = 0;
 #pragma unroll 1
   for (int64_t first = 0; first < fwd.rows; first += division.lines, turn ^= 1) {
     const int64_t row = first + place.line;
     Inputs in;
     float totals[2] = {};  // Σ v² and Σ dn v
-    for (int j = 0; j < vectors; ++j) {
-      in = kPrefetch ? next : load(row, j);
-      if (kPrefetch) next = load(row + division.lines, 0);
-      if (!is_inside(row, j)) continue;
-      if (!kOne) load_weight(j, weight);
+    for (int64_t j = 0; j < vectors; ++j) {
+      const Runs runs = runs_of(j);
+      in = kPrefetch ? next : load(row, runs);
+      if (kPrefetch) next = load(row + division.lines, runs);
+      if (!kOne) load_weight(runs, weight);
       for_each(in, weight, [&](int, const Terms& t) {
         totals[0] += t.v * t.v;
         totals[1] += t.dn * t.v;
@@ -176,14 +221,15 @@ __global__ void __launch_bounds__(kMaxThreads)
     const float size = static_cast<float>(fwd.group_size);
     const float scale = 1.0f / sqrtf(totals[0] / size + fwd.eps);
     const float mean = totals[1] / size * scale;  // of dn n
+    if (!exists(row)) continue;
 
-    for (int j = 0; j < vectors; ++j) {
-      if (!is_inside(row, j)) continue;
+    for (int64_t j = 0; j < vectors; ++j) {
+      const Runs runs = runs_of(j);
       if (!kOne) {
-        in = load(row, j);
-        load_weight(j, weight);
+        in = load(row, runs);
+        load_weight(runs, weight);
         if (sums && first > 0)
-          to_floats(load_raw(sums, DType::float32, sum_at(j)), DType::float32, dweight);
+          to_floats(load_runs(sums, DType::float32, in_sums(runs)), DType::float32, dweight);
       }
       float dr[kEight] = {}, dz[kEight];
       if (p.dresidual_out.data) to_floats(in.dresidual_out, p.dresidual_out_dtype, dr);
@@ -193,18 +239,18 @@ __global__ void __launch_bounds__(kMaxThreads)
         dr[i] += t.dr(dv);
         dz[i] = t.dz(dv, scale);
       });
-      if (has_gate) store_gradient(p.dz, at(p.dz, row, j), dz);
-      store_gradient(p.dx, at(p.dx, row, j), dr);
-      store_gradient(p.dresidual, at(p.dresidual, row, j), dr);
+      if (has_gate) store_gradient(p.dz, in_row(p.dz, row, runs), dz);
+      store_gradient(p.dx, in_row(p.dx, row, runs), dr);
+      store_gradient(p.dresidual, in_row(p.dresidual, row, runs), dr);
       if (!kOne) {
-        if (sums) store_eight(sums, DType::float32, sum_at(j), dweight);
+        if (sums) store_runs(sums, DType::float32, in_sums(runs), dweight);
 #pragma unroll
         for (float& sum : dweight) sum = 0.0f;
       }
     }
   }
-  if (kOne && sums && is_inside(place.line, 0))
-    store_eight(sums, DType::float32, sum_at(0), dweight);
+  if (kOne && sums && exists(place.line))
+    store_runs(sums, DType::float32, in_sums(runs_of(0)), dweight);
 }
 
 // Any strides, alignment and size, element by element; rows are read twice.
@@ -292,7 +338,7 @@ struct Plan {
     } else {
       kernel = rms_norm_bwd_kernel<true, true>;
     }
-    threads = division.lanes > kWarp ? division.lanes : kSmallThreads;
+    threads = threads_for(division.lanes, kSmallThreads);
     division.groups = p.fwd.dim / p.fwd.group_size;
     const int64_t teams = static_cast<int64_t>(context.cuda().num_sms()) * (kMaxThreads / threads) *
                           (threads / division.lanes);

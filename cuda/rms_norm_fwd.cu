@@ -150,7 +150,7 @@ bool has_vectors(const RmsNormFwdParams& p) {
 void launch_rms_norm_fwd(void (*kernel)(RmsNormFwdParams, int), const RmsNormFwdParams& p,
                          int lanes, const Exec& exec) {
   constexpr int kSmallThreads = 128;
-  const int threads = lanes > kWarp ? lanes : kSmallThreads;
+  const int threads = threads_for(lanes, kSmallThreads);
   launch_kernel(kOp, kernel,
                 {blocks_for(p.rows * (p.dim / p.group_size), threads / lanes), threads}, exec, p,
                 lanes);

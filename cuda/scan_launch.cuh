@@ -67,13 +67,17 @@ void launch_varying_scan(const SelectiveScanFwdParams& p, const ScanPlan& plan, 
   switch (plan.lanes) {
     case 1: {
       using Shape = ShapeFor<T, 16, 1, 1, 16, 2>;
-      const ScanParts parts{plan.parts, plan.part_length, static_cast<float2*>(exec.workspace)};
+      ScanParts parts{plan.parts, plan.part_length, static_cast<float2*>(exec.workspace)};
+      if (p.delta_sum && plan.parts > 1)
+        parts.delta_sums = reinterpret_cast<float*>(
+            parts.states + (plan.parts - 1) * p.rows * p.nheads * p.headdim * p.dstate);
       if (plan.parts > 1) launch_scan<T, Shape, false>(p, parts, exec);
       return launch_scan<T, Shape, true>(p, parts, exec);
     }
     case 2:
       return launch_scan<T, ShapeFor<T, 8, 2, 1, 16, 3, 64>, true>(p, whole, exec);
     case 8:
+      if (plan.crowds) return launch_scan<T, ShapeFor<T, 2, 8, 1, 32, 3, 64>, true>(p, whole, exec);
       return launch_scan<T, ShapeFor<T, 2, 8, 1, 64, 2>, true>(p, whole, exec);
     default:
       return launch_scan<T, ShapeFor<T, 1, 16, 1, 128, 1>, true>(p, whole, exec);

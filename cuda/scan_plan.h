@@ -8,7 +8,8 @@
 namespace ssmcore::cuda {
 
 struct ScanPlan {
-  int lanes;  // of a channel of at most 16 states; more states have their own
+  int lanes;    // of a channel of at most 16 states; more states have their own
+  bool crowds;  // whether blocks of 8 lanes have shorter tiles, so that more fit a multiprocessor
   int64_t parts, part_length;
 };
 

@@ -6,6 +6,17 @@
 
 namespace ssmcore::cuda {
 
+// Σ Δ by Kahan's summation: a million tiles lose no more than one.
+struct DeltaSum {
+  float value = 0, lost = 0;
+
+  __device__ __forceinline__ void add(float more) {
+    const float added = more - lost, after = value + added;
+    lost = isinf(after) ? 0.0f : (after - value) - added;
+    value = after;
+  }
+};
+
 // One thread: some states of some channels.
 template <typename Shape, bool kAlongSteps>
 struct ScanRecurrence {
@@ -51,14 +62,14 @@ struct ScanRecurrence {
   // The outputs of one part of a row.
   __device__ __forceinline__ void run() {
     load_initial_state();
-    float sum[kChannels] = {}, lost[kChannels] = {};  // Σ Δ
+    DeltaSum sum[kChannels] = {};
     int64_t chunk = p.chunk_states.data ? first_chunk() : 0;
     Tiles tiles = block.tiles();
     int steps = tiles.next<Shape::kBlockL>();
     if (steps > 0) scan_barrier<Shape::kThreads>();
     for (bool odd = false; steps > 0; odd = !odd) {
       float* stage = shared + (odd ? Shape::kStage : 0);
-      if (p.delta_sum.data) add_deltas(stage, steps, sum, lost);
+      if (p.delta_sum.data) add_deltas(stage, steps, sum);
       advance<true>(stage, steps);
       if (p.chunk_states.data && tiles.chunk_left == 0 && chunk < p.chunks) {
         const Strided<5>& to = p.chunk_states;
@@ -76,22 +87,23 @@ struct ScanRecurrence {
           static_cast<float*>(to.data) + block.row.slot * to.stride[0] + block.head * to.stride[1],
           to.stride[2], to.stride[3]);
     }
-    if (p.delta_sum.data && lane == 0) {
+    if (p.delta_sum.data && lane == 0 && block.is_last_part()) {
+      add_parts(sum);
       const Strided<3>& to = p.delta_sum;
 #pragma unroll
       for (int c = 0; c < kChannels; ++c)
         if (channel(c) < block.channels)
           static_cast<float*>(to.data)[block.row_index * to.stride[0] + block.head * to.stride[1] +
-                                       (block.first_d + channel(c)) * to.stride[2]] = sum[c];
+                                       (block.first_d + channel(c)) * to.stride[2]] = sum[c].value;
     }
   }
 
   // What a part contributes to the states at its end, and by how much it lets those at its
   // beginning decay. Tiles come last first: once the decay from a tile's end to the part's is 0 for
-  // every state of the block, those before it do not count.
+  // every state of the block, those before it count only for Σ Δ.
   __device__ __forceinline__ void run_states(int tiles) {
     float sum[kChannels][kStates], decay[kChannels][kStates];
-    float later[kChannels] = {};  // Σ Δ of the tiles done
+    DeltaSum later[kChannels] = {};  // of the tiles done
     for_each_state([&](int c, int s) {
       sum[c][s] = 0;
       decay[c][s] = 1;
@@ -99,19 +111,29 @@ struct ScanRecurrence {
     scan_barrier_or<Shape::kThreads>(true);
     for (int tile = 0; tile < tiles; ++tile) {
       for_each_state([&](int c, int s) { h[c][s] = 0; });
-      advance<false>(shared + tile % 2 * Shape::kStage, Shape::kBlockL, later);
+      float added[kChannels] = {};
+      advance<false>(shared + tile % 2 * Shape::kStage, Shape::kBlockL, added);
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) later[c].add(added[c]);
       float left = 0;  // how much of what is before this tile
       for_each_state([&](int c, int s) {
         sum[c][s] += decay[c][s] * h[c][s];
-        decay[c][s] = exp2_approx(later[c] * A[c][s]);
+        decay[c][s] = exp2_approx(later[c].value * A[c][s]);
         left += exists(c, s) ? decay[c][s] : 0.0f;
       });
+      if (block.parts.delta_sums) left = 1;
       if (tile + 1 < tiles && !scan_barrier_or<Shape::kThreads>(left != 0)) break;
     }
     for_each_state([&](int c, int s) {
       if (exists(c, s))
         *block.part_state(block.part, channel(c), state(s)) = make_float2(decay[c][s], sum[c][s]);
     });
+    if (block.parts.delta_sums && lane == 0) {
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c)
+        if (channel(c) < block.channels)
+          block.parts.delta_sums[block.part_channel(block.part, channel(c))] = later[c].value;
+    }
   }
 
  private:
@@ -143,18 +165,10 @@ struct ScanRecurrence {
     });
   }
 
-  // The row's first entry in chunk_states. Packed rows follow one another: each lane of a warp
-  // counts for some of the rows before.
+  // The first entry in chunk_states.
   __device__ int64_t first_chunk() const {
-    if (!p.cu_seqlens.data) return 0;
-    int64_t chunks = 0;
-    for (int64_t i = threadIdx.x % 32; i < block.row_index; i += 32) {
-      const int64_t length = index_at(p.cu_seqlens, i + 1) - index_at(p.cu_seqlens, i);
-      if (length > 0) chunks += (length - 1) / p.chunk_size + 1;
-    }
-#pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) chunks += __shfl_xor_sync(~0u, chunks, lanes);
-    return chunks;
+    return block.parts.count > 1 ? block.row.begin / p.chunk_size
+                                 : first_chunk_of_row(p, block.row_index);
   }
 
   // Four steps of a tile, as they lie in shared memory.
@@ -182,9 +196,9 @@ struct ScanRecurrence {
     return coefficients;
   }
 
-  // Advances the states over a tile. Leaves y in shared memory (kOutputs), or adds Σ Δ to `later`.
+  // Advances the states over a tile. Leaves y in shared memory (kOutputs), or adds Σ Δ to `added`.
   template <bool kOutputs>
-  __device__ __forceinline__ void advance(float* stage, int steps, float* later = nullptr) {
+  __device__ __forceinline__ void advance(float* stage, int steps, float* added = nullptr) {
     // The next four steps are read before y of these is stored; so are B and C of few states.
     constexpr bool kAhead = kStates * kChannels <= 4;
     constexpr int kFours = kAhead ? 4 : kStates * kChannels <= 16 ? 2 : 1;
@@ -226,8 +240,7 @@ struct ScanRecurrence {
         if constexpr (!kOutputs) {
 #pragma unroll
           for (int c = 0; c < kChannels; ++c) {
-            const Four& dt = deltas.dt[c];
-            later[c] += (dt.value[0] + dt.value[1]) + (dt.value[2] + dt.value[3]);
+            added[c] += sum_of(deltas.dt[c]);
           }
         }
       }
@@ -255,19 +268,23 @@ struct ScanRecurrence {
     return exchange(odd, first, exchange(upper, y.value[1], y.value[3], 2), 1);
   }
 
-  // Kahan's summation: a million tiles lose no more than one.
-  __device__ __forceinline__ void add_deltas(const float* stage, int steps, float (&sum)[kChannels],
-                                             float (&lost)[kChannels]) const {
+  __device__ __forceinline__ static float sum_of(const Four& four) {
+    return (four.value[0] + four.value[1]) + (four.value[2] + four.value[3]);
+  }
+  __device__ __forceinline__ void add_deltas(const float* stage, int steps,
+                                             DeltaSum (&sum)[kChannels]) const {
     for (int t = 0; t < steps; t += 4)
 #pragma unroll
-      for (int c = 0; c < kChannels; ++c) {
-        const Four dt = load_four(Shape::cells(stage, 0, row(c)) + t);
-        const float added = ((dt.value[0] + dt.value[1]) + (dt.value[2] + dt.value[3])) - lost[c];
-        const float after = sum[c] + added;
-        lost[c] = (after - sum[c]) - added;
-        sum[c] = after;
-      }
+      for (int c = 0; c < kChannels; ++c)
+        sum[c].add(sum_of(load_four(Shape::cells(stage, 0, row(c)) + t)));
     __syncwarp();  // before it is overwritten
+  }
+  __device__ __forceinline__ void add_parts(DeltaSum (&sum)[kChannels]) const {
+    for (int part = 0; part < block.part; ++part)
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c)
+        if (channel(c) < block.channels)
+          sum[c].add(block.parts.delta_sums[block.part_channel(part, channel(c))]);
   }
 };
 

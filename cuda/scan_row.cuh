@@ -37,4 +37,18 @@ __device__ inline ScanRow scan_row(const SelectiveScanFwdParams& p, int64_t row,
   return {0, begin, end, scan_slot(p, row, faults)};
 }
 
+// The row's first entry in chunk_states. Packed rows follow one another: each lane of a warp counts
+// for some of the rows before.
+__device__ inline int64_t first_chunk_of_row(const SelectiveScanFwdParams& p, int64_t row) {
+  if (p.cu_seqlens.data == nullptr) return 0;
+  int64_t chunks = 0;
+  for (int64_t i = threadIdx.x % 32; i < row; i += 32) {
+    const int64_t length = index_at(p.cu_seqlens, i + 1) - index_at(p.cu_seqlens, i);
+    if (length > 0) chunks += (length - 1) / p.chunk_size + 1;
+  }
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) chunks += __shfl_xor_sync(~0u, chunks, lanes);
+  return chunks;
+}
+
 }  // namespace ssmcore::cuda

@@ -97,12 +97,14 @@ __device__ __forceinline__ void store_four(float* to, const Four& four) {
       make_float4(four.value[0], four.value[1], four.value[2], four.value[3]);
 }
 
-// A row may be cut into parts of equal length (but for the last) that run side by side.
+// A row may be cut into parts of equal length (but for the last), of whole chunks, that run side by
+// side.
 struct ScanParts {
   int64_t count = 1, length = 0;
   // (count - 1, rows, channels, dstate): by how much a part lets the states at its beginning decay,
   // and what it adds to them.
   float2* states = nullptr;
+  float* delta_sums = nullptr;  // (count - 1, rows, channels), where the sums are wanted
 };
 
 // What a block works on.
@@ -120,10 +122,11 @@ struct ScanBlock {
   }
 
   __device__ bool is_last_part() const { return part == parts.count - 1; }
+  __device__ int64_t part_channel(int64_t part, int d) const {
+    return ((part * p.rows + row_index) * p.nheads + head) * p.headdim + first_d + d;
+  }
   __device__ float2* part_state(int64_t part, int d, int n) const {
-    const int64_t channel = head * p.headdim + first_d + d;
-    return parts.states +
-           ((part * p.rows + row_index) * p.nheads * p.headdim + channel) * p.dstate + n;
+    return parts.states + part_channel(part, d) * p.dstate + n;
   }
 
   // The first element, at step t, of row `r` of an operand (batch, .., rows, steps).

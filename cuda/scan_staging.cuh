@@ -8,22 +8,6 @@
 
 namespace ssmcore::cuda {
 
-// How kRows rows of a tile are cut into pieces: a thread's are `thread`, thread + kThreads, … .
-// Eight neighbouring pieces have eight rows, whose fours lie in different banks.
-template <typename Piece, int kRows, int kBlockL, int kThreads>
-struct PieceCut {
-  static constexpr int kAcross = kRows / Piece::kRows, kAlong = kBlockL / Piece::kSteps;
-  static constexpr int kPieces = kAcross * kAlong, kOwn = (kPieces + kThreads - 1) / kThreads;
-  static_assert(kPieces < kThreads || kPieces % kThreads == 0);
-
-  __device__ static constexpr int row(int piece) {
-    return Piece::kRows == 1 ? piece / (8 * kAlong) * 8 + piece % 8 : piece % kAcross * 2;
-  }
-  __device__ static constexpr int step(int piece) {
-    return (Piece::kRows == 1 ? piece / 8 % kAlong : piece / kAcross) * Piece::kSteps;
-  }
-};
-
 // u, Δ, z and out. With kVectors all pieces of whole tiles are aligned. Without kOutputs: for the
 // states only, from the last tile of a part to the first.
 template <typename T, typename Shape, bool kAlongSteps, bool kVectors, bool kOutputs>
@@ -100,31 +84,24 @@ struct ScanStaging {
 
   // Begins to copy tile number `tile`, of `steps`.
   __device__ __forceinline__ void begin(int tile, int steps) {
-    if (!has_piece) return;
-    if (kVectors && steps == kBlockL)
-      begin_operands<kVectors>(tile, kBlockL);
-    else if (steps > 0)
-      begin_operands<false>(tile, steps);
+    if (!has_piece || steps == 0) return;
+    begin_operand(u, p.u, tile, kU, steps);
+    begin_operand(delta, p.delta, tile, kDelta, steps);
+    if (kOutputs && p.z.data) begin_operand(z, p.z, tile, kZ, steps);
   }
-  template <bool kWhole>
-  __device__ __forceinline__ void begin_operands(int tile, int steps) {
-    begin_operand<kWhole>(u, p.u, tile, kU, steps);
-    begin_operand<kWhole>(delta, p.delta, tile, kDelta, steps);
-    if (kOutputs && p.z.data) begin_operand<kWhole>(z, p.z, tile, kZ, steps);
-  }
-  template <bool kWhole>
   __device__ __forceinline__ void begin_operand(const T*& from, const Strided<4>& strides, int tile,
                                                 Operand operand, int steps) {
     const Input input{from, strides.stride[2], strides.stride[3]};
+    if (kVectors && steps == kBlockL) {
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      const int rows = i * kNextRow, at = i * kNextStep;
-      if constexpr (kWhole) {
-        if (rows_left(i) > 0) input.copy(rows, at, slot(tile, operand, i));
-      } else {
+      for (int i = 0; i < kOwn; ++i)
+        if (rows_left(i) > 0) input.copy(i * kNextRow, i * kNextStep, slot(tile, operand, i));
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kOwn; ++i)
         slot(tile, operand, i)
-            .store(Input::load_some(input, rows, at, rows_left(i), steps_left(steps, i)));
-      }
+            .store(Input::load_some(input, i * kNextRow, i * kNextStep, rows_left(i),
+                                    steps_left(steps, i)));
     }
     from += (kOutputs ? steps : -kBlockL) * strides.stride[3];
   }
@@ -137,14 +114,7 @@ struct ScanStaging {
 
   // From copies to Δ and Δu.
   __device__ __forceinline__ void convert(float* stage, int tile, int steps) const {
-    if (!has_piece) return;
-    if (steps == kBlockL)
-      convert_pieces<true>(stage, tile, kBlockL);
-    else if (steps > 0)
-      convert_pieces<false>(stage, tile, steps);
-  }
-  template <bool kWhole>
-  __device__ __forceinline__ void convert_pieces(float* stage, int tile, int steps) const {
+    if (!has_piece || steps == 0) return;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       const Piece u = slot(tile, kU, i).load(), delta = slot(tile, kDelta, i).load();
@@ -156,7 +126,7 @@ struct ScanStaging {
 #pragma unroll
         for (int j = 0; j < 8; ++j) dt[j / 4].value[j % 4] = softplus(dt[j / 4].value[j % 4]);
       }
-      if constexpr (!kWhole) {
+      if (steps < kBlockL) {
 #pragma unroll
         for (int j = 0; j < 8; ++j)  // such steps leave the states as they are
           if (Piece::step(j / 4, j % 4) >= steps_left(steps, i)) dt[j / 4].value[j % 4] = 0;
@@ -174,14 +144,7 @@ struct ScanStaging {
 
   // From what the lanes left of y to out.
   __device__ __forceinline__ void finish(float* stage, int tile, int steps) {
-    if (!has_piece) return;
-    if (kVectors && steps == kBlockL)
-      finish_pieces<kVectors>(stage, tile, kBlockL);
-    else if (steps > 0)
-      finish_pieces<false>(stage, tile, steps);
-  }
-  template <bool kWhole>
-  __device__ __forceinline__ void finish_pieces(float* stage, int tile, int steps) {
+    if (!has_piece || steps == 0) return;
     const Output output{out, p.out.stride[2], p.out.stride[3]};
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
@@ -210,11 +173,10 @@ struct ScanStaging {
       Piece piece;
       piece.set(value);
       const int rows = i * kNextRow, at = i * kNextStep;
-      if constexpr (kWhole) {
-        if (rows_left(i) > 0) output.store(rows, at, piece);
-      } else {
+      if (!kVectors || steps < kBlockL)
         Output::store_some(output, rows, at, rows_left(i), steps_left(steps, i), piece);
-      }
+      else if (rows_left(i) > 0)
+        output.store(rows, at, piece);
     }
     out += steps * p.out.stride[3];
   }

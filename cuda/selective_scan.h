@@ -16,6 +16,13 @@ void selective_scan_varying_fwd(const SelectiveScanFwdParams& params, const Exec
 size_t selective_scan_varying_fwd_workspace_size(const SelectiveScanFwdParams& params,
                                                  const Context& context);
 
+// The backward of real A, and B and C that vary in time, of few states; is_varying_scan_bwd() says
+// what it takes.
+bool is_varying_scan_bwd(const SelectiveScanBwdParams& params, const Context& context);
+void selective_scan_varying_bwd(const SelectiveScanBwdParams& params, const Exec& exec);
+size_t selective_scan_varying_bwd_workspace_size(const SelectiveScanBwdParams& params,
+                                                 const Context& context);
+
 // Where everything is float64: for checking.
 void selective_scan_fwd_float64(const SelectiveScanFwdParams& params, const Exec& exec);
 

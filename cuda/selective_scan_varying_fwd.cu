@@ -1,6 +1,7 @@
 // The selective scan with real A, and B and C that vary in time: the form that Mamba has. Here is
 // decided how it is spread over the device; the kernel is in scan_kernel.cuh.
 #include <cstdint>
+#include <numeric>
 
 #include "launch.h"
 #include "scan_plan.h"
@@ -19,13 +20,17 @@ ScanPlan choose_plan(const SelectiveScanFwdParams& p, int num_sms, bool batch_in
   constexpr Cost kCosts[] = {
       {1, 128, 160, 112}, {2, 64, 74, 57}, {8, 16, 28.5, 24}, {16, 8, 21.5, 21.5}};
   // To find the states of a part takes so much of what its outputs do.
-  constexpr double kStatesCost = 0.9;
+  constexpr double kStatesCost = 0.75;
   constexpr int64_t kLeastPart = 2048, kMostParts = 128;
+  // Parts are whole tiles, of 16 steps at most, and whole chunks.
+  const int64_t chunk =
+      p.chunk_states ? std::lcm(std::min(p.chunk_size, p.seqlen), int64_t{16}) : 16;
+  const int64_t unit = ceil_div(kLeastPart, chunk) * chunk;
   const int64_t rows = batch_invariant ? 1 : p.rows;
   ScanPlan best{};
   double least = 0;
   const auto consider = [&](const Cost& cost, int64_t parts) {
-    const int64_t length = ceil_div(ceil_div(p.seqlen, parts), kLeastPart) * kLeastPart;
+    const int64_t length = ceil_div(ceil_div(p.seqlen, parts), unit) * unit;
     parts = ceil_div(p.seqlen, length);
     const int64_t blocks = rows * p.nheads * ceil_div(p.headdim, cost.block_d) * parts;
     const int64_t on_one = ceil_div(blocks, num_sms);
@@ -34,11 +39,11 @@ ScanPlan choose_plan(const SelectiveScanFwdParams& p, int num_sms, bool batch_in
                         (on_one == 1 ? cost.alone : static_cast<double>(on_one) * cost.shared);
     if (best.lanes == 0 || time < least) {
       least = time;
-      best = {cost.lanes, parts, length};
+      best = {cost.lanes, cost.lanes == 8 && on_one == 3, parts, length};
     }
   };
   for (const Cost& cost : kCosts) consider(cost, 1);
-  if (!p.cu_seqlens && !p.delta_sum && !p.chunk_states)
+  if (!p.cu_seqlens)
     for (int64_t parts = 2; parts <= kMostParts; ++parts) consider(kCosts[0], parts);
   return best;
 }
@@ -61,8 +66,9 @@ size_t selective_scan_varying_fwd_workspace_size(const SelectiveScanFwdParams& p
                                                  const Context& context) {
   const ScanPlan plan = plan_of(p, context);
   if (plan.parts <= 1) return 0;
-  return static_cast<size_t>((plan.parts - 1) * p.rows * p.nheads * p.headdim * p.dstate) *
-         sizeof(float2);
+  const auto channels = static_cast<size_t>((plan.parts - 1) * p.rows * p.nheads * p.headdim);
+  return channels * static_cast<size_t>(p.dstate) * sizeof(float2) +
+         (p.delta_sum ? channels * sizeof(float) : 0);
 }
 
 void selective_scan_varying_fwd(const SelectiveScanFwdParams& p, const Exec& exec) {

@@ -1,4 +1,5 @@
-// The convolution with bias and SiLU, and its update for one token. An element is one of x.
+// The convolution with bias and SiLU, its gradients, and its update for one token. An element is
+// one of x.
 #include "ssmcore/causal_conv1d.h"
 #include "support.h"
 
@@ -21,6 +22,34 @@ void causal_conv1d(nvbench::state& state) {
   args.out = out.view();
   measure(state, context, causal_conv1d_fwd_workspace_size, causal_conv1d_fwd, args, args.x.numel(),
           bytes_of({args.x, args.weight, args.bias, args.out}));
+}
+
+void causal_conv1d_bwd(nvbench::state& state) {
+  const Shape shape(state);
+  const int64_t batch = shape['B'], dim = shape['D'], seqlen = shape['L'], width = shape['W'];
+  const Context context(device_of(state));
+  const auto sequence = [&] {
+    return RandomSequence(state, context, -1, 1, batch, dim, seqlen, shape.dtype());
+  };
+  const auto random = [&](std::initializer_list<int64_t> sizes) {
+    return Random(context, -1, 1, sizes, shape.dtype());
+  };
+  const RandomSequence x = sequence(), dout = sequence(), dx = sequence();
+  const Random weight = random({dim, width}), bias = random({dim}), dweight = random({dim, width}),
+               dbias = random({dim});
+  CausalConv1dBwdArgs args;
+  args.x = x.view();
+  args.weight = weight.view();
+  args.bias = bias.view();
+  args.activation = Activation::silu;
+  args.dout = dout.view();
+  args.dx.tensor = dx.view();
+  args.dweight.tensor = dweight.view();
+  args.dbias.tensor = dbias.view();
+  measure(state, context, causal_conv1d_bwd_workspace_size, ssmcore::causal_conv1d_bwd, args,
+          args.x.numel(),
+          bytes_of({args.x, args.dout, args.weight, args.bias, args.dx.tensor, args.dweight.tensor,
+                    args.dbias.tensor}));
 }
 
 // States and weights have channels contiguous, as the models keep them.
@@ -47,6 +76,10 @@ void causal_conv1d_update(nvbench::state& state) {
 
 NVBENCH_BENCH(causal_conv1d)
     .set_name("causal_conv1d_fwd")
+    .add_string_axis("shape", {"B8 D4096 L2048 W4 bf16", "B1 D4096 L2048 W4 bf16",
+                               "B1 D1024 L65536 W4 bf16", "B8 D4096 L2048 W4 fp32"})
+    .add_string_axis("layout", {kSeqlenContiguous, kDimContiguous});
+NVBENCH_BENCH(causal_conv1d_bwd)
     .add_string_axis("shape", {"B8 D4096 L2048 W4 bf16", "B1 D4096 L2048 W4 bf16",
                                "B1 D1024 L65536 W4 bf16", "B8 D4096 L2048 W4 fp32"})
     .add_string_axis("layout", {kSeqlenContiguous, kDimContiguous});

@@ -1,24 +1,11 @@
 // The C interface: language models and their states.
+#include "c_api_model.h"
+
 #include <algorithm>
 #include <cstring>
 #include <iterator>
 
-#include "c_api_call.h"
-#include "ssmcore/c_api.h"
-#include "ssmcore/language_model.h"
-
-namespace ssmcore::c_api {
-
-struct HeldModel {
-  std::shared_ptr<HeldContext> context;
-  LanguageModel model;
-};
-
-}  // namespace ssmcore::c_api
-
-struct ssmcore_model {
-  std::shared_ptr<ssmcore::c_api::HeldModel> held;
-};
+#include "ssmcore/initial_checkpoint.h"
 
 struct ssmcore_state {
   std::shared_ptr<const ssmcore::c_api::HeldModel> model;
@@ -85,6 +72,24 @@ LanguageModelTrainArgs lower(const ssmcore_model_loss_and_gradients_args& c) {
   return args;
 }
 
+// A model of open(op), a checkpoint.
+template <typename Open>
+ssmcore_status make_model(const char* op, const ssmcore_context* context,
+                          const ssmcore_model_options* options, ssmcore_model** model,
+                          const Open& open) {
+  return guarded([&] {
+    required(op, "model", model) = nullptr;
+    const std::shared_ptr<HeldContext>& held = required(op, "context", context).held;
+    const ssmcore_model_options given = read_options(op, options);
+    LoadOptions load_options;
+    load_options.trainable = given.trainable != 0;
+    if (given.dtype.bits != 0)
+      load_options.dtype = to_dtype(std::string(op) + ": the model", given.dtype);
+    *model = new ssmcore_model{std::shared_ptr<HeldModel>(
+        new HeldModel{held, LanguageModel(open(op), held->context, load_options)})};
+  });
+}
+
 // 0 for ids that forward() will refuse.
 size_t workspace_size(const HeldModel& held, const TensorView& token_ids) {
   if (token_ids.rank != 2 || token_ids.numel() == 0) return 0;
@@ -137,19 +142,23 @@ using namespace ssmcore::c_api;
 
 ssmcore_status ssmcore_model_load(const ssmcore_context* context, const char* folder,
                                   const ssmcore_model_options* options, ssmcore_model** model) {
-  constexpr const char* kOp = "model_load";
-  return guarded([&] {
-    required(kOp, "model", model) = nullptr;
-    const std::shared_ptr<HeldContext>& held = required(kOp, "context", context).held;
-    const ssmcore_model_options given = read_options(kOp, options);
-    const ssmcore_dtype dtype = given.dtype;
-    LoadOptions load_options;
-    load_options.trainable = given.trainable != 0;
-    if (dtype.bits != 0) load_options.dtype = to_dtype("model_load: the model", dtype);
-    const Checkpoint checkpoint = open_checkpoint(&required(kOp, "folder", folder));
-    *model = new ssmcore_model{std::shared_ptr<HeldModel>(
-        new HeldModel{held, LanguageModel(checkpoint, held->context, load_options)})};
+  return make_model("model_load", context, options, model, [&](const char* op) {
+    return open_checkpoint(&required(op, "folder", folder));
   });
+}
+
+ssmcore_status ssmcore_model_create(const ssmcore_context* context, const char* config,
+                                    uint64_t seed, const ssmcore_model_options* options,
+                                    ssmcore_model** model) {
+  return make_model("model_create", context, options, model, [&](const char* op) {
+    return initial_checkpoint(parse_model_config(&required(op, "config", config)), seed);
+  });
+}
+
+ssmcore_status ssmcore_model_save(const ssmcore_model* model, const char* folder) {
+  constexpr const char* kOp = "model_save";
+  return guarded(
+      [&] { required(kOp, "model", model).held->model.save(&required(kOp, "folder", folder)); });
 }
 
 void ssmcore_model_free(ssmcore_model* model) {
@@ -263,7 +272,9 @@ ssmcore_status ssmcore_model_get_parameter(const ssmcore_model* model, int64_t i
     known.struct_size = size;
     known.name = name.c_str();
     known.tensor.data = tensor.data;
-    known.tensor.device = {SSMCORE_DEVICE_CPU, 0};
+    known.tensor.device = {
+        tensor.device.type == DeviceType::cuda ? SSMCORE_DEVICE_CUDA : SSMCORE_DEVICE_CPU,
+        tensor.device.index};
     known.tensor.ndim = tensor.rank;
     known.tensor.dtype = from_dtype(tensor.dtype);
     known.tensor.shape = tensor.shape;

@@ -1,5 +1,6 @@
 // The C interface: operators. Each is its arguments, field by field, and a line in the table.
 #include "c_api_operator.h"
+#include "ssmcore/adamw.h"
 #include "ssmcore/c_api.h"
 #include "ssmcore/causal_conv1d.h"
 #include "ssmcore/cross_entropy.h"
@@ -234,6 +235,32 @@ CrossEntropyBwdArgs lower(const ssmcore_cross_entropy_bwd_args& c, const TensorR
   return args;
 }
 
+SumOfSquaresArgs lower(const ssmcore_sum_of_squares_args& c, const TensorReader& tensor) {
+  return {tensor(c.x, "x"), tensor(c.out, "out")};
+}
+
+size_t adamw_workspace_size(const AdamWArgs&, const Context&) {
+  return 0;
+}
+
+AdamWArgs lower(const ssmcore_adamw_args& c, const TensorReader& tensor) {
+  AdamWArgs args;
+  args.parameter = tensor(c.parameter, "parameter");
+  args.master = tensor(c.master, "master");
+  args.gradient = tensor(c.gradient, "gradient");
+  args.exp_avg = tensor(c.exp_avg, "exp_avg");
+  args.exp_avg_sq = tensor(c.exp_avg_sq, "exp_avg_sq");
+  args.sum_of_squares = tensor(c.sum_of_squares, "sum_of_squares");
+  args.max_norm = c.max_norm;
+  args.step = c.step;
+  if (c.lr != 0) args.lr = c.lr;
+  if (c.beta1 != 0) args.beta1 = c.beta1;
+  if (c.beta2 != 0) args.beta2 = c.beta2;
+  if (c.eps != 0) args.eps = c.eps;
+  args.weight_decay = c.weight_decay;
+  return args;
+}
+
 SampleArgs lower(const ssmcore_sample_args& c, const TensorReader& tensor) {
   SampleArgs args;
   args.logits = tensor(c.logits, "logits");
@@ -269,4 +296,6 @@ SSMCORE_DEFINE_OPERATOR(embedding, "embedding")
 SSMCORE_DEFINE_OPERATOR(embedding_bwd, "embedding_bwd")
 SSMCORE_DEFINE_OPERATOR(cross_entropy_fwd, "cross_entropy")
 SSMCORE_DEFINE_OPERATOR(cross_entropy_bwd, "cross_entropy_bwd")
+SSMCORE_DEFINE_OPERATOR(sum_of_squares, "sum_of_squares")
+SSMCORE_DEFINE_OPERATOR(adamw, "adamw")
 SSMCORE_DEFINE_OPERATOR(sample, "sample")

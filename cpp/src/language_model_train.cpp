@@ -91,6 +91,8 @@ class LanguageModel::TrainingStep {
                const Context& context, Scratch& scratch);
 
   size_t largest_workspace(const Context& context) const;
+  // Only when it runs: the memory of arguments that ask for a size may be made up.
+  void check_overlap() const;
   void run(const Exec& exec) const;
 
  private:
@@ -230,6 +232,34 @@ void LanguageModel::TrainingStep::check(const Checks& check) const {
     check.require(tensor.is_contiguous(), [&] { return what() + " is not contiguous"; });
     check.require(tensor.device == device && tensor.data,
                   [&] { return what() + " has no memory on " + to_string(device); });
+  }
+}
+
+void LanguageModel::TrainingStep::check_overlap() const {
+  struct Piece {
+    const char *begin, *end;
+    std::string name;
+    bool is_written;
+  };
+  std::vector<Piece> pieces;
+  const auto add = [&](const TensorView& tensor, const std::string& name, bool is_written) {
+    const char* begin = tensor.as<const char>();
+    pieces.push_back({begin, begin + static_cast<size_t>(tensor.numel()) * dtype_size(tensor.dtype),
+                      name, is_written});
+  };
+  for (const auto& [name, gradient] : args_.gradients)
+    add(gradient.tensor, "the gradient of " + name, true);
+  add(args_.loss, "loss", true);
+  if (model_.trainable())
+    for (const auto& [name, parameter] : model_.parameters()) add(parameter, name, false);
+  std::sort(pieces.begin(), pieces.end(),
+            [](const Piece& a, const Piece& b) { return a.begin < b.begin; });
+  const Piece* reaches_on = nullptr;
+  for (const Piece& piece : pieces) {
+    Checks(kOp, {}).require(!reaches_on || reaches_on->end <= piece.begin ||
+                                !(reaches_on->is_written || piece.is_written),
+                            [&] { return reaches_on->name + " overlaps " + piece.name; });
+    if (!reaches_on || piece.end > reaches_on->end) reaches_on = &piece;
   }
 }
 
@@ -419,6 +449,7 @@ void LanguageModel::loss_and_gradients(const LanguageModelTrainArgs& args, const
   const TrainingStep step(*this, args, exec.context, scratch);
   Checks(kOp, exec.context.device())
       .workspace(exec, scratch.used() + step.largest_workspace(exec.context));
+  step.check_overlap();
   step.run(scratch.rest(exec));
 }
 

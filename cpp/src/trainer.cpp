@@ -130,7 +130,11 @@ double Trainer::lr(int64_t step) const {
 TrainerStep Trainer::step(const TensorView& token_ids, const TensorView& targets) {
   const float loss = loss_and_gradients(token_ids, targets);
   const double sum = sum_of_squares(all_gradients_);
-  if (!std::isfinite(loss) || !std::isfinite(sum)) fail_not_finite(loss);
+  if (!std::isfinite(loss) || !std::isfinite(sum))
+    throw Error(ErrorCode::not_finite,
+                std::string(kOp) + ": step " + std::to_string(steps_taken_ + 1) + ": " +
+                    first_not_finite() + " is not finite (the loss is " + std::to_string(loss) +
+                    "); nothing was updated");
 
   AdamWArgs args;
   args.step = steps_taken_ + 1;
@@ -223,18 +227,12 @@ double Trainer::sum_of_squares(const TensorView& x) {
   return sum;
 }
 
-void Trainer::fail_not_finite(float loss) {
-  const std::string step = std::string(kOp) + ": step " + std::to_string(steps_taken_ + 1) + ": ";
-  const auto fail = [&](const std::string& tensor) {
-    throw Error(ErrorCode::not_finite, step + tensor + " is not finite (the loss is " +
-                                           std::to_string(loss) + "); nothing was updated");
-  };
+std::string Trainer::first_not_finite() {
   for (const auto& [name, parameter] : parameters_)
-    if (!std::isfinite(sum_of_squares(parameter.weight))) fail(name);
+    if (!std::isfinite(sum_of_squares(parameter.weight))) return name;
   for (const auto& [name, parameter] : parameters_)
-    if (!std::isfinite(sum_of_squares(parameter.gradient))) fail("the gradient of " + name);
-  fail("the loss");
-  throw;  // not reached
+    if (!std::isfinite(sum_of_squares(parameter.gradient))) return "the gradient of " + name;
+  return "the loss";
 }
 
 template <typename Visit>

@@ -13,6 +13,19 @@ __device__ __forceinline__ void copy_async_16(void* to, const void* from, bool i
                : "memory");
 }
 
+// 4 or 8 bytes, through the first-level cache, or 16, past it.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(address), "l"(from)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %2;" ::"r"(address), "l"(from),
+                 "n"(kBytes)
+                 : "memory");
+}
+
 // Ends a group of the thread's copies.
 __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");

@@ -3,7 +3,7 @@
 
 namespace ssmcore::cuda {
 
-inline constexpr float kLog2e = 1.4426950408889634f;
+inline constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // 2^x to 2 units in the last place; results below 2^-126 are 0.
 __device__ __forceinline__ float exp2_approx(float x) {

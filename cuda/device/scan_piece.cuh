@@ -59,17 +59,21 @@ struct Piece {
   }
 };
 
-template <int kBytes>
-__device__ __forceinline__ void copy_async(uint32_t* to, const void* from) {
-  const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  if constexpr (kBytes == 16)
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(from)
-                 : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %2;" ::"r"(shared), "l"(from),
-                 "n"(kBytes)
-                 : "memory");
-}
+// How kRows rows of a tile are cut into pieces: a thread's are `thread`, thread + kThreads, … .
+// Eight neighbouring pieces have eight rows, whose fours lie in different banks.
+template <typename Piece, int kRows, int kBlockL, int kThreads>
+struct PieceCut {
+  static constexpr int kAcross = kRows / Piece::kRows, kAlong = kBlockL / Piece::kSteps;
+  static constexpr int kPieces = kAcross * kAlong, kOwn = (kPieces + kThreads - 1) / kThreads;
+  static_assert(kPieces < kThreads || kPieces % kThreads == 0);
+
+  __device__ static constexpr int row(int piece) {
+    return Piece::kRows == 1 ? piece / (8 * kAlong) * 8 + piece % 8 : piece % kAcross * 2;
+  }
+  __device__ static constexpr int step(int piece) {
+    return (Piece::kRows == 1 ? piece / 8 % kAlong : piece / kAcross) * Piece::kSteps;
+  }
+};
 
 // Where in shared memory a thread keeps a piece until it uses it. Slots of kThreads neighbours are
 // interleaved in 16 bytes.
@@ -81,6 +85,7 @@ struct Slot {
   __device__ __forceinline__ uint32_t* at(int word) const {
     return first + word / 4 * 4 * kThreads + word % 4;
   }
+  // By way of the second-level cache alone.
   __device__ __forceinline__ Piece load() const {
     Piece piece;
 #pragma unroll
@@ -137,6 +142,34 @@ struct Cursor {
         from += stride_t;
       }
     }
+  }
+
+  // By way of the second-level cache alone.
+  __device__ __forceinline__ Piece load() const {
+    Piece piece;
+    if constexpr (kAlongSteps) {
+#pragma unroll
+      for (int i = 0; i < Piece::kWords; i += 4) {
+        const uint4 v = __ldcg(reinterpret_cast<const uint4*>(at) + i / 4);
+        piece.word[i] = v.x;
+        piece.word[i + 1] = v.y;
+        piece.word[i + 2] = v.z;
+        piece.word[i + 3] = v.w;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const T* from = at + i * stride_t;
+        if constexpr (sizeof(T) == 4) {
+          const uint2 v = __ldcg(reinterpret_cast<const uint2*>(from));
+          piece.word[2 * i] = v.x;
+          piece.word[2 * i + 1] = v.y;
+        } else {
+          piece.word[i] = __ldcg(reinterpret_cast<const unsigned*>(from));
+        }
+      }
+    }
+    return piece;
   }
 
   __device__ __forceinline__ void store(int rows, int steps, const Piece& piece) const {

@@ -23,7 +23,7 @@ _SETTINGS = {
     "clip": ("X", "norm that the gradients are clipped to; 0: never"),
     "micro_batch": ("B", "windows whose gradients are computed at a time; 0: all"),
     "seed": ("S", "of the weights and of the order of the windows"),
-    "dtype": ("T", "of activations: fp32, bf16 or fp16"),
+    "dtype": ("T", "of activations, and of matrices on a GPU: fp32 (auto), bf16 or fp16"),
 }
 
 

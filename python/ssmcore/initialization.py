@@ -40,7 +40,7 @@ def create(
         dt_rank: rank of the Δ projection; None: ⌈d_model / 16⌉.
         tie_embeddings: the head is the embedding.
         seed: of the random numbers.
-        device, dtype: as in `load` of a trainable model.
+        device, dtype: as in `load`; the weights are float32.
         tokenizer: of the model; None: one token a byte if `vocab_size` is 256, else none.
 
     Raises:
@@ -61,7 +61,7 @@ def create(
     )
     if not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise InvalidArgumentError(f"create: seed is {seed!r}, expected an integer in [0, 2^64)")
-    where = "cpu" if device == "auto" else resolved_device(device)
+    where = resolved_device(device)
     if where != "cpu":
         find_cublaslt()
     language_model = _core.LanguageModel(

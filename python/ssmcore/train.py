@@ -23,6 +23,7 @@ from ssmcore.loading import BUNDLED, save
 from ssmcore.ops._arguments import require_size
 from ssmcore.tokenizer import FileTokenizer
 from ssmcore.trainer import Trainer
+from ssmcore.training_log import TrainingLog
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 _RUN = "training.json"  # how the run was begun
 _STATE = "trainer.safetensors"
 _LOG = "log.jsonl"
-_PLOT = "loss.png"
+_PLOT = "loss.png"  # where Matplotlib is installed
 _HELD_OUT = 0.05
 
 
@@ -135,12 +136,12 @@ class Run:
             recompute_layers=recompute_layers,
         )
         self._is_new = begun is None
-        self.log: list[dict[str, Any]] = []
+        self.log = TrainingLog()
         self._saved_step = 0
         if (self.folder / _STATE).exists():
             self.trainer.load(self.folder / _STATE)
             self._saved_step = self.trainer.steps_taken
-            self.log = self._read_log()
+            self.log = TrainingLog.read(self.folder / _LOG, self._saved_step)
 
     def train(self, save_every: int, eval_every: int, *, progress: bool = True) -> None:
         """Takes the steps that are left, with a checkpoint every `save_every` and at the end, and a
@@ -157,10 +158,16 @@ class Run:
         from tqdm import tqdm
 
         settings, trainer = self.settings, self.trainer
-        bar = tqdm(
-            total=settings.steps, initial=trainer.steps_taken, unit="step", disable=not progress
-        )
-        with self._locked(), bar:
+        with (
+            self._locked(),
+            tqdm(
+                desc=f"{self.model.num_parameters:,} parameters",
+                total=settings.steps,
+                initial=trainer.steps_taken,
+                unit="step",
+                disable=not progress,
+            ) as bar,
+        ):
             try:
                 while trainer.steps_taken < settings.steps:
                     self._step(bar)
@@ -179,26 +186,18 @@ class Run:
 
     def save(self) -> None:
         """Writes a checkpoint over the one before."""
-        lines = "".join(json.dumps(entry) + "\n" for entry in self.log)
-        write_atomically(self.folder / _LOG, lines.encode(), "train")
+        write_atomically(self.folder / _LOG, self.log.to_bytes(), "train")
         save(self.model, self.folder)
         self.trainer.save(self.folder / _STATE)
         self._saved_step = self.trainer.steps_taken
-        plot = _plot(self.log)
+        plot = self.log.plot()
         if plot is not None:
             write_atomically(self.folder / _PLOT, plot, "train")
 
     def summary(self) -> str:
         """What the last step found, and the last scores of the held-out texts."""
-        losses = [entry for entry in self.log if "loss" in entry]
-        scores = [entry for entry in self.log if "bits_per_byte" in entry]
-        parts = [f"{self.folder}: step {self.trainer.steps_taken} of {self.settings.steps}"]
-        if losses:
-            parts.append(f"loss {losses[-1]['loss']:.4f}")
-        if scores:
-            parts += [f"{name} {bits:.4f}" for name, bits in scores[-1]["bits_per_byte"].items()]
-            parts[-1] += " bits per byte"
-        return ", ".join(parts)
+        taken = f"step {self.trainer.steps_taken} of {self.settings.steps}"
+        return f"{self.folder}: {taken}, {self.log.summary()}"
 
     def _step(self, bar: tqdm[Any]) -> None:
         settings = self.settings
@@ -206,7 +205,7 @@ class Run:
         ids = self._corpus.batch(settings.batch, settings.seed, self.trainer.steps_taken + 1)
         step = self.trainer.step(ids[:, :-1], ids[:, 1:])
         rate = settings.batch * settings.length / (time.perf_counter() - begin)
-        self.log.append({**asdict(step), "tokens_per_second": round(rate, 1)})
+        self.log.add_step(step, rate)
         bar.update()
         bar.set_postfix_str(f"loss {step.loss:.4f}, {rate:,.0f} tok/s")
 
@@ -215,16 +214,15 @@ class Run:
             name: self.model.score(text, self.settings.length).bits_per_byte
             for name, text in self._held_out.items()
         }
-        self.log.append({"step": self.trainer.steps_taken, "bits_per_byte": bits})
+        self.log.add_scores(self.trainer.steps_taken, bits)
 
     def _try_to_save(self, bar: tqdm[Any]) -> None:
         try:
             self.save()
         except InvalidArgumentError as error:
+            step = self.trainer.steps_taken
             bar.write(
-                f"no checkpoint of step {self.trainer.steps_taken}: {error}; {self._kept()}, and "
-                "training goes on",
-                file=sys.stderr,
+                f"step {step}: {error}; {self._kept()}, and training goes on", file=sys.stderr
             )
 
     def _kept(self) -> str:
@@ -278,10 +276,10 @@ class Run:
                 )
 
     def _check_text(self, begun: dict[str, Any] | None) -> None:
-        if begun is not None and begun["tokens_sha256"] != self._digest:
+        if begun is not None and begun.get("tokens_sha256") != self._digest:
             raise InvalidArgumentError(
-                f"train: {self.folder} was begun with other text or another tokenizer: the tokens "
-                f"of {', '.join(self.files.text)} are not those it was begun with"
+                f"train: {self.folder} was begun with other text, another tokenizer or other text "
+                f"held out: the tokens of {', '.join(self.files.text)} are not those of then"
             )
 
     @contextmanager
@@ -316,13 +314,6 @@ class Run:
         text = json.dumps(begun, indent=1) + "\n"
         write_atomically(self.folder / _RUN, text.encode(), "train")
 
-    def _read_log(self) -> list[dict[str, Any]]:
-        """The entries up to the checkpoint."""
-        path = self.folder / _LOG
-        lines = path.read_text().splitlines() if path.exists() else []
-        entries = [json.loads(line) for line in lines]
-        return [entry for entry in entries if entry["step"] <= self.trainer.steps_taken]
-
 
 def _absolute(files: Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
     return tuple(os.path.abspath(file) for file in files)
@@ -354,34 +345,3 @@ def _merged(
 
 def _is_due(step: int, every: int, steps: int) -> bool:
     return step == steps or (every > 0 and step % every == 0)
-
-
-def _plot(log: Sequence[Mapping[str, Any]]) -> bytes | None:
-    """The losses as a PNG, where Matplotlib is installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    import io
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    steps = [entry["step"] for entry in log if "loss" in entry]
-    bits = [entry["loss"] / math.log(2) for entry in log if "loss" in entry]
-    axes.plot(steps, bits, linewidth=0.8, label="training, bits per token")
-    scores = [entry for entry in log if "bits_per_byte" in entry]
-    for name in scores[-1]["bits_per_byte"] if scores else ():
-        axes.plot(
-            [entry["step"] for entry in scores],
-            [entry["bits_per_byte"].get(name, math.nan) for entry in scores],
-            marker="o",
-            markersize=3,
-            label=f"{name}, bits per byte",
-        )
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=150)
-    return png.getvalue()

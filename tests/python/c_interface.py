@@ -18,6 +18,7 @@ import ssmcore
 _HEADER = Path(__file__).parents[2] / "cpp/include/ssmcore/c_api.h"
 
 _SCALARS: dict[str, Any] = {
+    "double": ctypes.c_double,
     "float": ctypes.c_float,
     "int32_t": ctypes.c_int32,
     "int64_t": ctypes.c_int64,

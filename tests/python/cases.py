@@ -135,6 +135,20 @@ _SCAN_ALTERNATIVES: dict[str, Sequence[Any]] = {
 
 SCAN_CASES = rows(ScanCase(), dtype=NARROW, **_SCAN_ALTERNATIVES)
 FLOAT64_SCAN_CASES = rows(ScanCase(dtype="float64"), **_SCAN_ALTERNATIVES)
+# Channels and steps beyond what a block of the GPU's kernels takes.
+LARGE_SCAN_CASES = rows(
+    ScanCase(dim=390, seqlen=150, B="3 groups"),
+    batch=(1,),
+    dim=(192, 195),
+    seqlen=(64, 128, 129),
+    dstate=(1, 5),
+    dtype=NARROW,
+    B=("1 group",),
+    C=("3 groups",),
+    z=(False,),
+    initial_state=(False,),
+    layout=LAYOUTS,
+)
 COMPLEX_SCAN_CASES = rows(ScanCase(A="complex"), dtype=NARROW, **_SCAN_ALTERNATIVES)
 
 

@@ -121,7 +121,7 @@ def causal_conv1d_bwd(
     seq_idx: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """With `seq_idx`, a step sees those of its own number, and none if that is negative."""
-    x, weight = fp64(x), fp64(weight)
+    dout, x, weight = fp64(dout), fp64(x), fp64(weight)
     batch, dim, seqlen = x.shape
     width = weight.shape[1]
     before = np.zeros((batch, dim, width - 1))
@@ -142,7 +142,7 @@ def causal_conv1d_bwd(
             if seq_idx is not None and seq_idx[b, t] < 0:
                 continue
             seen = [w for w in range(width) if sees(b, t, w)]
-            g = fp64(dout)[b, :, t]
+            g = dout[b, :, t]
             if activation == "silu":
                 before_silu = np.zeros(dim) if bias is None else fp64(bias)
                 for w in seen:

@@ -114,6 +114,30 @@ def test_delta_sum(
     assert_close(delta_sum, delta.sum(axis=-1), parameter)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "token-major"])
+@pytest.mark.parametrize("chunk_size", [100, 2048])
+def test_long_row_of_few_channels(backend: Backend, chunk_size: int, layout: str) -> None:
+    """On a GPU such a row is cut into parts of whole chunks, here of 2,400 or 2,048 steps."""
+    case = ScanCase(1, 16, 20_003, layout=layout)
+    inputs = case.inputs()
+    inputs["A"][:4] /= 64  # several parts are remembered
+    asked = {"chunk_size": chunk_size, "return_delta_sum": True}
+    out, last_state, chunk_states, delta_sum = backend.call(ops.selective_scan, **inputs, **asked)
+    expected_out, expected_state = reference.selective_scan(**inputs)
+    assert_close(out, expected_out, "float32")
+    assert_close(last_state, expected_state, "float32")
+    ends = ends_of_chunks(case.seqlen, chunk_size)
+    assert chunk_states.shape[1] == len(ends)
+    assert_same_bits(chunk_states[:, -1], last_state)
+    for i in (0, len(ends) // 3, len(ends) // 2, len(ends) - 2):
+        _, expected_state = reference.selective_scan(**scan_steps(inputs, 0, ends[i]))
+        assert_close(chunk_states[:, i], expected_state, "float32")
+    delta = reference.softplus(
+        reference.fp64(inputs["delta"]) + reference.fp64(inputs["delta_bias"])[:, None]
+    )
+    assert_close(delta_sum, delta.sum(axis=-1), "float32")
+
+
 @pytest.mark.parametrize("A", ["real", "complex"])
 def test_a_state_put_before_decays_by_the_sum(backend: Backend, A: str) -> None:
     """h(L) from h0 is h(L) from zeros + exp(A ΣΔ) h0: how parts of a sequence are joined."""

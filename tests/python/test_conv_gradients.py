@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 import reference
 import reference_gradients
-from backends import Backend
-from cases import CONV_CASES, FLOAT64_CONV_CASES, ConvCase
+from backends import BACKENDS, Backend, require_cuda
+from cases import CONV_CASES, FLOAT64_CONV_CASES, ConvCase, rows
 from gradients import (
     Arrays,
     assert_adds_and_overwrites,
     assert_derivatives,
     assert_gradients,
+    assert_same_bits_again,
     assert_same_for_any_threads,
     backward,
+    call_core,
     random_like,
 )
 from helpers import (
@@ -32,7 +34,7 @@ from helpers import (
     place,
     refuses,
 )
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from sequences import boundaries, conv_steps
 from test_golden_ops import CONVOLUTIONS, load, select
@@ -41,6 +43,7 @@ from test_seq_idx import numbers
 
 from ssmcore import _core, ops
 
+CPU = BACKENDS["cpu"]
 PER_CHANNEL = ("dweight", "dbias")
 
 
@@ -64,13 +67,100 @@ def assert_agrees(backend: Backend, arguments: Arrays) -> None:
 
 @pytest.mark.parametrize("case", [*CONV_CASES, *FLOAT64_CONV_CASES])
 def test_agrees_with_reference(backend: Backend, case: ConvCase) -> None:
+    backend.require_dtype(case.dtype)
     assert_agrees(backend, with_outputs(case.inputs()))
 
 
+# What vectors of channels or steps, and several tiles of a row, come to see.
+TILES = [
+    *rows(
+        ConvCase(batch=1, dim=16, seqlen=1064, dtype="bfloat16"),
+        dim=(1, 8, 200),
+        batch=(3,),
+        seqlen=(8, 264, 1061),
+        width=(2, 3),
+        dtype=("float32", "float16"),
+        weight_dtype=("float32",),
+        bias=(False,),
+        activation=(None,),
+        state_len=(None, 9),
+    )
+]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "padded", "token-major", "token-major padded"])
+@pytest.mark.parametrize("case", TILES)
+def test_tiles_agree_with_reference(backend: Backend, case: ConvCase, layout: str) -> None:
+    """Where everything lies alike, as in a model: also rows that begin between vectors."""
+    arguments = with_outputs(replace(case, layout=layout).inputs())
+    arguments["dout"] = place(arguments["dout"], layout)
+    expected = reference_gradients.causal_conv1d_bwd(**arguments)
+    there = {
+        name: backend.to_device(
+            place(np.full(gradient.shape, np.nan, arguments[name[1:]].dtype), layout)
+        )
+        for name, gradient in expected.items()
+        if arguments[name[1:]] is not None
+    }
+    call_core(backend, "causal_conv1d_bwd", **backend.moved(arguments), **there)
+    actual = {name: backend.to_numpy(gradient) for name, gradient in there.items()}
+    assert_gradients(actual, {name: expected[name] for name in actual}, arguments)
+    if layout.endswith("padded"):
+        for gradient in actual.values():
+            assert_only_poison_around(gradient)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "token-major"])
+def test_many_rows_agree_with_reference(backend: Backend, layout: str) -> None:
+    """More than a GPU has room for at a time, several of which share their sums."""
+    case = ConvCase(batch=1200, dim=2048, seqlen=8, dtype="bfloat16", layout=layout)
+    arguments = with_outputs(case.inputs(), final_state=False)
+    assert_agrees(backend, {**arguments, "dout": place(arguments["dout"], layout)})
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "token-major"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_packed_agrees_with_reference(backend: Backend, layout: str, dtype: str) -> None:
+    """Sequences that are empty, shorter than the width, and longer than a tile."""
+    lengths = [0, 1, 0, 2, 3, 500, 0, 64, 32, 4, 700, 1, 5, 0]
+    case = ConvCase(1, 40, sum(lengths), dtype=dtype, state_len=None, layout=layout)
+    states = ConvCase(len(lengths), 40, 1, dtype=dtype, state_len=5, layout=layout).inputs()
+    inputs = {**case.inputs(), "initial_state": states["initial_state"]}
+    inputs["dout"] = random_like(inputs["x"], layout=layout)
+    inputs["dfinal_state"] = random_like(inputs["initial_state"], seed=2, layout=layout)
+    cu_seqlens = boundaries(lengths)
+    expected = {name: np.zeros(inputs[name[1:]].shape) for name in ("dx", *PER_CHANNEL)}
+    expected["dinitial_state"] = reference.fp64(inputs["dfinal_state"])
+    for s, (begin, end) in enumerate(pairwise(cu_seqlens)):
+        if begin == end:
+            continue
+        steps, row = slice(begin, end), slice(s, s + 1)
+        alone = {name: inputs[name][..., steps] for name in ("x", "dout")}
+        alone |= {name: inputs[name][row] for name in ("initial_state", "dfinal_state")}
+        gradients = reference_gradients.causal_conv1d_bwd(**{**inputs, **alone})
+        expected["dx"][..., steps] = gradients["dx"]
+        expected["dinitial_state"][row] = gradients["dinitial_state"]
+        for name in PER_CHANNEL:
+            expected[name] += gradients[name]
+    actual = backward(backend, ops.causal_conv1d_bwd, **inputs, cu_seqlens=cu_seqlens)
+    assert_gradients(actual, expected, inputs)
+
+
+@pytest.mark.cuda
+def test_cuda_has_no_float64() -> None:
+    require_cuda()
+    with refuses("causal_conv1d_bwd", "x", "float64"):
+        backward(
+            BACKENDS["cuda"],
+            ops.causal_conv1d_bwd,
+            **with_outputs(ConvCase(dtype="float64").inputs()),
+        )
+
+
 @pytest.mark.parametrize("case", FLOAT64_CONV_CASES)
-def test_forward_in_float64(backend: Backend, case: ConvCase) -> None:
+def test_forward_in_float64(case: ConvCase) -> None:
     inputs = case.inputs()
-    out, final_state = backend.call(ops.causal_conv1d, **inputs, return_final_state=True)
+    out, final_state = ops.causal_conv1d(**inputs, return_final_state=True)
     expected_out, expected_state = reference.causal_conv1d(**inputs)
     assert_close(out, expected_out, "float64")
     assert_close(final_state, expected_state, "float64")
@@ -83,6 +173,7 @@ def test_forward_in_float64(backend: Backend, case: ConvCase) -> None:
 def test_numbered_agrees_with_reference(
     backend: Backend, width: int, seqlen: int, layout: str, dtype: str
 ) -> None:
+    backend.require_dtype(dtype)
     inputs = numbered_inputs(width=width, seqlen=seqlen, layout=layout, dtype=dtype)
     seq_idx = numbers(2, seqlen)
     seq_idx[:, 0] = 3  # a gradient other than 0, at least
@@ -108,7 +199,6 @@ def test_numbered_in_narrow_types(backend: Backend, dtype: str, activation: str 
 @pytest.mark.parametrize(("seqlen", "state_len"), [(9, 3), (2, 6), (9, None)])
 @pytest.mark.parametrize("forward", [reference.causal_conv1d, ops.causal_conv1d])
 def test_agrees_with_finite_differences(
-    backend: Backend,
     forward: Callable[..., Any],
     activation: str | None,
     seqlen: int,
@@ -125,11 +215,11 @@ def test_agrees_with_finite_differences(
         return float((dout * out).sum() + (dfinal_state * final_state).sum())
 
     arrays = {n: value for n, value in inputs.items() if isinstance(value, np.ndarray)}
-    gradients = backward(backend, ops.causal_conv1d_bwd, **arguments)
+    gradients = backward(CPU, ops.causal_conv1d_bwd, **arguments)
     assert_derivatives(loss, arrays, gradients)
 
 
-def test_numbered_agrees_with_finite_differences(backend: Backend) -> None:
+def test_numbered_agrees_with_finite_differences() -> None:
     inputs = numbered_inputs(dim=3, seqlen=30, dtype="float64")
     inputs["seq_idx"] = numbers(2, 30)
     dout = random_like(inputs["x"])
@@ -138,7 +228,7 @@ def test_numbered_agrees_with_finite_differences(backend: Backend) -> None:
         return float((dout * reference.causal_conv1d_numbered(**inputs)).sum())
 
     arrays = {name: inputs[name] for name in ("x", "weight", "bias")}
-    gradients = backward(backend, ops.causal_conv1d_bwd, **inputs, dout=dout)
+    gradients = backward(CPU, ops.causal_conv1d_bwd, **inputs, dout=dout)
     assert_derivatives(loss, arrays, gradients)
 
 
@@ -174,6 +264,7 @@ def test_two_halves_are_the_whole(
     backend: Backend, seqlen: int, split_at: float, **fields: Any
 ) -> None:
     """With the state handed forward and its gradient handed back."""
+    assume(backend is CPU or fields["dtype"] != "float64")
     inputs = ConvCase(seqlen=seqlen, dim=5, **fields).inputs()
     arguments = with_outputs(inputs)
     whole = backward(backend, ops.causal_conv1d_bwd, **arguments)
@@ -203,6 +294,7 @@ def test_two_halves_are_the_whole(
 def test_packed_is_separate(
     backend: Backend, lengths: list[int], state_len: int, **fields: Any
 ) -> None:
+    assume(backend is CPU or fields["dtype"] != "float64")
     case = ConvCase(batch=1, seqlen=sum(lengths), state_len=None, **fields)
     inputs = {**case.inputs(), "dout": random_like(case.inputs()["x"])}
     states = replace(case, batch=len(lengths), state_len=state_len).inputs()["initial_state"]
@@ -257,14 +349,21 @@ def test_packed_borders_and_the_tail_pass_no_gradient(backend: Backend) -> None:
 
 @pytest.mark.parametrize("dtype", [*DTYPES])
 @pytest.mark.parametrize("batch", [1, 40])
-def test_threads_do_not_change_a_bit(
-    backend: Backend, set_num_threads: Any, dtype: str, batch: int
-) -> None:
+def test_threads_do_not_change_a_bit(set_num_threads: Any, dtype: str, batch: int) -> None:
     case = ConvCase(batch=batch, dim=201, seqlen=600 // batch, dtype=dtype)
     arguments = with_outputs(case.inputs())
     assert_same_for_any_threads(
-        set_num_threads, lambda: backward(backend, ops.causal_conv1d_bwd, **arguments)
+        set_num_threads, lambda: backward(CPU, ops.causal_conv1d_bwd, **arguments)
     )
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES])
+@pytest.mark.parametrize("layout", ["contiguous", "token-major", "spread"])
+@pytest.mark.parametrize("batch", [1, 40])
+def test_again_to_the_bit(backend: Backend, dtype: str, layout: str, batch: int) -> None:
+    case = ConvCase(batch=batch, dim=200, seqlen=1600 // batch, dtype=dtype, layout=layout)
+    arguments = with_outputs(case.inputs())
+    assert_same_bits_again(lambda: backward(backend, ops.causal_conv1d_bwd, **arguments))
 
 
 def test_rows_do_not_depend_on_the_batch(backend: Backend) -> None:
@@ -282,25 +381,39 @@ def test_rows_do_not_depend_on_the_batch(backend: Backend) -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "token-major padded", "spread"])
 @pytest.mark.parametrize("dtype", [*DTYPES, "float64"])
-def test_adds_and_overwrites(dtype: str, layout: str) -> None:
+def test_adds_and_overwrites(backend: Backend, dtype: str, layout: str) -> None:
+    backend.require_dtype(dtype)
     arguments = with_outputs(ConvCase(seqlen=300, state_len=9, dtype=dtype).inputs())
-    gradients = ops.causal_conv1d_bwd(**arguments)._asdict()
-    assert_adds_and_overwrites("causal_conv1d_bwd", arguments, gradients, layout)
+    gradients = backward(backend, ops.causal_conv1d_bwd, **arguments)
+    assert_adds_and_overwrites("causal_conv1d_bwd", arguments, gradients, layout, backend)
 
 
-def test_initial_state_of_zeros_has_a_gradient() -> None:
+@pytest.mark.parametrize("layout", ["contiguous", "token-major"])
+@pytest.mark.parametrize("state_len", [3, 9])
+def test_narrow_inputs_with_wide_gradients(backend: Backend, layout: str, state_len: int) -> None:
+    case = ConvCase(seqlen=72, dtype="bfloat16", state_len=state_len, layout=layout)
+    arguments = with_outputs(case.inputs())
+    expected = reference_gradients.causal_conv1d_bwd(**arguments)
+    for name, gradient in expected.items():
+        wide = backend.to_device(place(np.full(gradient.shape, np.nan, np.float32), layout))
+        call_core(backend, "causal_conv1d_bwd", **backend.moved(arguments), **{name: wide})
+        assert_close(backend.to_numpy(wide), gradient, "float32")
+
+
+def test_initial_state_of_zeros_has_a_gradient(backend: Backend) -> None:
     arguments = with_outputs(ConvCase(seqlen=2).inputs())
     arguments["initial_state"] = np.zeros_like(arguments["initial_state"])
-    expected = ops.causal_conv1d_bwd(**arguments).dinitial_state
-    there = np.full_like(expected, np.nan)
+    expected = backward(backend, ops.causal_conv1d_bwd, **arguments)["dinitial_state"]
+    there = backend.to_device(np.full_like(expected, np.nan))
     arguments["initial_state"] = None
-    _core.causal_conv1d_bwd(on=None, **arguments, dinitial_state=there)
-    assert_same_bits(there, expected)
+    call_core(backend, "causal_conv1d_bwd", **backend.moved(arguments), dinitial_state=there)
+    assert_same_bits(backend.to_numpy(there), expected)
 
 
 @pytest.mark.parametrize("indices", [(4, 0), (-1, 2), (-1, -1)])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_state_indices(indices: tuple[int, int], dtype: str) -> None:
+def test_state_indices(backend: Backend, indices: tuple[int, int], dtype: str) -> None:
+    backend.require_dtype(dtype)
     inputs = ConvCase(dtype=dtype).inputs()
     slots = ConvCase(batch=5, dtype=dtype).inputs()["initial_state"]
     dslots = random_like(slots, seed=2)
@@ -310,24 +423,30 @@ def test_state_indices(indices: tuple[int, int], dtype: str) -> None:
         for s in (slots, dslots)
     )
     inputs["dout"] = random_like(inputs["x"])
-    expected = ops.causal_conv1d_bwd(**{**inputs, "initial_state": states}, dfinal_state=dstates)
-    actual = {
-        name: np.full_like(gradient, np.nan)
-        for name, gradient in expected._replace(dinitial_state=slots)._asdict().items()
-    }
-    inputs["initial_state"] = slots
-    _core.causal_conv1d_bwd(
-        on=None,
-        **inputs,
-        dfinal_state=dslots,
-        state_indices=np.array(indices, np.int32),
-        **actual,
+    expected = backward(
+        backend,
+        ops.causal_conv1d_bwd,
+        **{**inputs, "initial_state": states},
+        dfinal_state=dstates,
     )
+    there = {
+        name: backend.to_device(np.full_like(gradient, np.nan))
+        for name, gradient in {**expected, "dinitial_state": slots}.items()
+    }
+    inputs.update(initial_state=slots, dfinal_state=dslots)
+    call_core(
+        backend,
+        "causal_conv1d_bwd",
+        **backend.moved(inputs),
+        state_indices=backend.to_device(np.array(indices, np.int32)),
+        **there,
+    )
+    actual = {name: backend.to_numpy(gradient) for name, gradient in there.items()}
     for name in ("dx", *PER_CHANNEL):
-        assert_same_bits(actual[name], getattr(expected, name))
+        assert_same_bits(actual[name], expected[name])
     for row, slot in enumerate(indices):
         if slot >= 0:
-            assert_same_bits(actual["dinitial_state"][slot], expected.dinitial_state[row])
+            assert_same_bits(actual["dinitial_state"][slot], expected["dinitial_state"][row])
     others = np.setdiff1d(np.arange(5), np.array(indices)[named])
     assert np.isnan(actual["dinitial_state"][others]).all()
 

@@ -129,6 +129,14 @@ def test_norm_in_float64(backend: Backend, case: NormCase) -> None:
     assert_close(r, expected_r, "float64")
 
 
+def assert_same_norm(backend: Backend, actual: np.ndarray, expected: np.ndarray) -> None:
+    """To the bit on the CPU; a GPU without a residual has another kernel."""
+    if backend.name == "cpu":
+        assert_same_bits(actual, expected)
+    else:
+        assert_close(actual, expected, expected.dtype.name, rounded=True)
+
+
 def test_r_stands_for_x_and_residual(backend: Backend) -> None:
     arguments = norm_arguments(NormCase())
     expected = backward(backend, ops.rms_norm_bwd, **arguments)
@@ -136,7 +144,7 @@ def test_r_stands_for_x_and_residual(backend: Backend) -> None:
     arguments["residual"] = None
     gradients = backward(backend, ops.rms_norm_bwd, **arguments)
     for name in ("dx", "dweight"):
-        assert_same_bits(gradients[name], expected[name])
+        assert_same_norm(backend, gradients[name], expected[name])
 
 
 def core_arguments(arguments: Arrays) -> Arrays:
@@ -154,8 +162,8 @@ def test_gradient_of_r_in_two_dtypes_and_in_place(backend: Backend) -> None:
     core = backend.moved(core)
     dr, dx = core["dresidual_out"], core["dout"]
     call_core(backend, "rms_norm_bwd", **core, dresidual=dr, dx=dx)
-    assert_same_bits(backend.to_numpy(dr), expected["dresidual"])
-    assert_same_bits(backend.to_numpy(dx), expected["dx"])
+    assert_same_norm(backend, backend.to_numpy(dr), expected["dresidual"])
+    assert_same_norm(backend, backend.to_numpy(dx), expected["dx"])
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, "float64"])

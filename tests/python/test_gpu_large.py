@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
+import reference_gradients
 from backends import require_cuda
 from helpers import assert_close
 
@@ -89,6 +90,20 @@ def test_convolution_beyond_2_31_elements(torch: Any, layout: str) -> None:
         to_numpy(x[:, -8:, -100:]), to_numpy(weight[-8:]), None, "silu"
     )
     assert_close(to_numpy(out[:, -8:, -97:]), expected[..., 3:], "bfloat16")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "token-major"])
+def test_convolution_backward_beyond_2_31_elements(torch: Any, layout: str) -> None:
+    x = huge(torch, layout)
+    weight = torch.empty(DIM, 4, device="cuda").normal_()
+    gradients = ops.causal_conv1d_bwd(x, x, weight, None, "silu")
+    tail = to_numpy(x[:, -8:, -100:])
+    expected = reference_gradients.causal_conv1d_bwd(
+        tail, tail, to_numpy(weight[-8:]), None, "silu"
+    )
+    assert_close(to_numpy(gradients.dx[:, -8:, -97:]), expected["dx"][..., 3:], "bfloat16")
+    own = ops.causal_conv1d_bwd(x[:, -8:], x[:, -8:], weight[-8:], None, "silu")
+    assert_close(to_numpy(gradients.dweight[-8:]), to_numpy(own.dweight), "float32")
 
 
 def test_norm_beyond_2_31_elements(torch: Any) -> None:

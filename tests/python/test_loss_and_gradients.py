@@ -87,6 +87,23 @@ def test_gradients_of_the_bundled_model(text):
     assert_same(actual, autograd(model, ids, targets), tolerance=1e-4)
 
 
+def test_gradients_that_share_memory_are_refused(text):
+    model = ssmcore.load()
+    ids, targets = shifted(text[:, :11].astype(np.int64))
+    shared = np.zeros(2 * model.config.d_model, np.float32)
+    d = model.config.d_model
+    gradients = {
+        "backbone.norm_f.weight": shared[:d],
+        "backbone.layers.0.norm.weight": shared[d // 2 : d // 2 + d],
+    }
+    with pytest.raises(ssmcore.InvalidArgumentError, match="overlaps the gradient of backbone"):
+        model.loss_and_gradients(ids, targets, gradients=gradients)
+    assert not shared.any()
+    gradients["backbone.layers.0.norm.weight"] = shared[d:]
+    model.loss_and_gradients(ids, targets, gradients=gradients)
+    assert shared.all()
+
+
 def nats(model, ids, targets):
     """The mean loss, from the logits."""
     logits = model.forward(ids)[0].astype(np.float64)

@@ -12,7 +12,13 @@ import pytest
 import reference
 import reference_gradients
 from backends import Backend
-from cases import COMPLEX_SCAN_CASES, FLOAT64_SCAN_CASES, SCAN_CASES, ScanCase
+from cases import (
+    COMPLEX_SCAN_CASES,
+    FLOAT64_SCAN_CASES,
+    LARGE_SCAN_CASES,
+    SCAN_CASES,
+    ScanCase,
+)
 from finite_differences import numerical_gradient
 from helpers import (
     DTYPES,
@@ -21,7 +27,14 @@ from helpers import (
     refuses,
     relative_error,
 )
-from scan_gradients import Arrays, assert_agrees, assert_all_close, backward, output_gradients
+from scan_gradients import (
+    Arrays,
+    assert_agrees,
+    assert_all_close,
+    backward,
+    output_gradients,
+    saved_states,
+)
 from test_golden_ops import COMPLEX_SCANS, REAL_SCANS, load, scan_inputs
 
 from ssmcore import ops
@@ -30,7 +43,9 @@ FORMS = ("constant", "shared", "1 group", "3 groups")
 OPTIONS = ("D", "z", "delta_bias", "delta_softplus", "initial_state")
 
 
-@pytest.mark.parametrize("case", [*SCAN_CASES, *FLOAT64_SCAN_CASES, *COMPLEX_SCAN_CASES])
+@pytest.mark.parametrize(
+    "case", [*SCAN_CASES, *LARGE_SCAN_CASES, *FLOAT64_SCAN_CASES, *COMPLEX_SCAN_CASES]
+)
 def test_agrees_with_reference(backend: Backend, case: ScanCase) -> None:
     assert_agrees(backend, case)
 
@@ -48,6 +63,25 @@ def test_every_form_of_B_and_C(backend: Backend, B: str, C: str, A: str, dtype: 
 def test_every_choice_of_options(backend: Backend, form: str, options: tuple[bool, ...]) -> None:
     chosen = dict(zip(OPTIONS, options, strict=True))
     assert_agrees(backend, ScanCase(B=form, C=form, seqlen=20, **chosen))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 30, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [1, 70])
+def test_long_rows_of_few_channels(
+    backend: Backend, dim: int, dtype: str, chunk_size: int | None
+) -> None:
+    """Which a GPU cuts into parts that run side by side."""
+    case = ScanCase(batch=1, dim=dim, seqlen=1500, dtype=dtype)
+    inputs = {**case.inputs(), **output_gradients(case)}
+    # Slow decay, so that what comes from one part to the next counts.
+    inputs["A"] = inputs["A"] / 100
+    expected = reference_gradients.selective_scan_bwd(**inputs)
+    saved = saved_states(backend, {name: inputs[name] for name in case.inputs()}, chunk_size)
+    actual = backward(backend, **inputs, **saved)
+    assert_all_close(actual, expected, inputs)
+    for name, gradient in backward(backend, **inputs, **saved).items():
+        assert_same_bits(gradient, actual[name])
 
 
 @pytest.mark.parametrize("dim", [256, 700])

@@ -46,11 +46,12 @@ def text(tmp_path: Path) -> Path:
 
 def begin(folder: Path, text: Path | None, **options: Any) -> Run:
     given = {**SETTINGS, **options.pop("given", {})}
-    return Run(folder, None if text is None else [text], given=given, device="cpu", **options)
+    device = options.pop("device", "cpu")
+    return Run(folder, None if text is None else [text], given=given, device=device, **options)
 
 
-def go_on(folder: Path, **options: Any) -> Run:
-    return Run(folder, None, resume=True, device="cpu", **options)
+def go_on(folder: Path, device: str = "cpu", **options: Any) -> Run:
+    return Run(folder, None, resume=True, device=device, **options)
 
 
 def flags(settings: dict[str, Any]) -> list[str]:
@@ -104,18 +105,18 @@ def test_same_run_twice_and_another_seed(tmp_path: Path, text: Path) -> None:
     assert losses(tmp_path / "once") != losses(tmp_path / "other")
 
 
-def test_resumed_is_uninterrupted(tmp_path: Path, text: Path) -> None:
-    begin(tmp_path / "whole", text).train(3, 4, progress=False)
-    run = begin(tmp_path / "parts", text)
+def test_resumed_is_uninterrupted(tmp_path: Path, text: Path, device: str) -> None:
+    begin(tmp_path / "whole", text, device=device).train(3, 4, progress=False)
+    run = begin(tmp_path / "parts", text, device=device)
     before_steps(run, interrupt_at(6))
     with pytest.raises(KeyboardInterrupt):
         run.train(3, 4, progress=False)
     assert losses(tmp_path / "parts")[-1][0] == 5  # Ctrl-C leaves a checkpoint
-    go_on(tmp_path / "parts").train(3, 4, progress=False)
+    go_on(tmp_path / "parts", device).train(3, 4, progress=False)
     assert files(tmp_path / "whole") == files(tmp_path / "parts")
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     before = files(tmp_path / "parts")
-    go_on(tmp_path / "parts").train(3, 4, progress=False)  # which has nothing left to do
+    go_on(tmp_path / "parts", device).train(3, 4, progress=False)  # which has nothing left to do
     assert files(tmp_path / "parts") == before
 
 
@@ -159,7 +160,7 @@ def test_killed_while_it_saves(tmp_path: Path, text: Path) -> None:
             process.send_signal(signal.SIGKILL)
         assert process.returncode == -signal.SIGKILL
         ssmcore.load(folder, device="cpu")
-        trainer = ssmcore.Trainer(ssmcore.create(24, 2))
+        trainer = ssmcore.Trainer(ssmcore.create(24, 2, device="cpu"))
         trainer.load(folder / STATE)
         assert trainer.steps_taken >= max(1, steps)
         steps = trainer.steps_taken
@@ -189,8 +190,8 @@ def test_disk_that_is_full_for_a_while(
     before_steps(run, lambda step: limit_file_size(4096 if 4 <= step < 6 else None))
     run.train(2, 0, progress=False)
     printed = capsys.readouterr().err
-    assert printed.count("no checkpoint of step") == 1
-    assert "no checkpoint of step 4: save_checkpoint: " in printed
+    assert printed.count("training goes on") == 1
+    assert "step 4: save_checkpoint: " in printed
     assert "File too large; the checkpoint of step 2 in" in printed
     assert files(tmp_path / "full") == files(tmp_path / "whole")
 
@@ -271,7 +272,7 @@ def test_validation_texts(tmp_path: Path, text: Path) -> None:
     run = begin(tmp_path / "model", text, validation=[other, text])
     run.train(0, 0, progress=False)
     assert len(run._corpus.tokens) == 8000  # nothing of it is held out then
-    bits = run.log[-1]["bits_per_byte"]
+    bits = run.log.scores[-1]["bits_per_byte"]
     assert bits == {
         path.name: run.model.score(path.read_text(), 32).bits_per_byte for path in (other, text)
     }
@@ -338,6 +339,7 @@ def test_nothing_to_go_on_with(tmp_path: Path, text: Path) -> None:
         lambda folder: (folder / "training.json").write_text("{"),
         lambda folder: (folder / "training.json").write_text('{"settings": {"x": 1}}'),
         lambda folder: (folder / STATE).write_bytes(b"not a state"),
+        lambda folder: (folder / "log.jsonl").write_text("step 1\n"),
     ],
 )
 def test_damaged_runs(begun: Path, damage: Callable[[Path], object]) -> None:

@@ -29,8 +29,21 @@ def batch(text: np.ndarray, step: int, rows: int = 8, length: int = 32) -> tuple
     return ids[:, :-1], ids[:, 1:]
 
 
-def make(seed: int = 0, **settings: Any) -> ssmcore.Trainer:
-    return ssmcore.Trainer(ssmcore.create(24, 2, seed=seed), **{**SETTINGS, **settings})
+def make(seed: int = 0, device: str = "cpu", **settings: Any) -> ssmcore.Trainer:
+    model = ssmcore.create(24, 2, seed=seed, device=device)
+    return ssmcore.Trainer(model, **{**SETTINGS, **settings})
+
+
+def weights_of(model: ssmcore.Model) -> dict[str, np.ndarray]:
+    """On the host."""
+    arrays = model.parameters.items()
+    return {name: a if isinstance(a, np.ndarray) else np.asarray(a.numpy()) for name, a in arrays}
+
+
+def set_weight(model: ssmcore.Model, name: str, at: Any, value: float) -> None:
+    weight = model.parameters[name]
+    (weight if isinstance(weight, np.ndarray) else torch.from_dlpack(weight))[at] = value
+    model.refresh()
 
 
 def run(trainer: ssmcore.Trainer, text: np.ndarray, until: int) -> list[ssmcore.TrainingStep]:
@@ -42,14 +55,14 @@ def run(trainer: ssmcore.Trainer, text: np.ndarray, until: int) -> list[ssmcore.
 
 def assert_same_weights(a: ssmcore.Trainer, b: ssmcore.Trainer) -> None:
     assert a.steps_taken == b.steps_taken
-    ours, theirs = a.model.parameters, b.model.parameters
+    ours, theirs = weights_of(a.model), weights_of(b.model)
     for name, weight in ours.items():
         assert_same_bits(theirs[name], weight)
 
 
-def test_steps_are_those_of_torch(tmp_path: Path, text: np.ndarray) -> None:
+def test_steps_are_those_of_torch(tmp_path: Path, text: np.ndarray, device: str) -> None:
     """Of autograd, of torch's AdamW with the published groups, its clipping, and its schedules."""
-    trainer = make(weight_decay=1.5, max_grad_norm=0.7)
+    trainer = make(device=device, weight_decay=1.5, max_grad_norm=0.7)
     ssmcore.save(trainer.model, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
@@ -84,14 +97,16 @@ def test_steps_are_those_of_torch(tmp_path: Path, text: np.ndarray) -> None:
         optimizer.step()
         schedule.step()
     assert clipped > 0
+    weights = weights_of(trainer.model)
     for name, parameter in model.named_parameters():
         # Where a gradient is near 0, AdamW makes much of how it is rounded.
-        assert relative_error(trainer.model.parameters[name], parameter.detach().numpy()) < 2e-3
+        assert relative_error(weights[name], parameter.detach().numpy()) < 2e-3
 
 
-def test_learns(text: np.ndarray) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_learns(text: np.ndarray, device: str, dtype: str) -> None:
     """Letters by the one before: below what the frequencies of letters alone allow."""
-    model = ssmcore.create(32, 2)
+    model = ssmcore.create(32, 2, device=device, dtype=dtype)
     trainer = ssmcore.Trainer(model, lr=1e-2, warmup_steps=5, total_steps=80)
     for step in range(1, 81):
         trainer.step(*batch(text, step, rows=8, length=64))
@@ -102,8 +117,8 @@ def test_learns(text: np.ndarray) -> None:
     assert max(losses) < by_frequency - 0.3
 
 
-def test_same_run_twice(text: np.ndarray) -> None:
-    once, again = make(), make()
+def test_same_run_twice(text: np.ndarray, device: str) -> None:
+    once, again = make(device=device), make(device=device)
     assert run(once, text, 6) == run(again, text, 6)
     assert_same_weights(once, again)
 
@@ -120,13 +135,13 @@ def test_threads_do_not_change_a_bit(
     assert_same_weights(trainers[0], trainers[2])
 
 
-def test_resumed_is_uninterrupted(tmp_path: Path, text: np.ndarray) -> None:
-    whole = make()
+def test_resumed_is_uninterrupted(tmp_path: Path, text: np.ndarray, device: str) -> None:
+    whole = make(device=device)
     found = run(whole, text, 9)
-    first = make()
+    first = make(device=device)
     run(first, text, 5)
     first.save(tmp_path / "state.safetensors")
-    second = make(seed=1)
+    second = make(seed=1, device=device)
     run(second, text, 2)  # of which nothing is to be left
     second.load(tmp_path / "state.safetensors")
     assert second.steps_taken == 5
@@ -134,30 +149,32 @@ def test_resumed_is_uninterrupted(tmp_path: Path, text: np.ndarray) -> None:
     assert_same_weights(whole, second)
 
 
-def test_state_is_read_by_others(tmp_path: Path, text: np.ndarray) -> None:
+def test_state_is_read_by_others(tmp_path: Path, text: np.ndarray, device: str) -> None:
     from safetensors.numpy import load_file
 
-    trainer = make()
+    trainer = make(device=device)
     run(trainer, text, 2)
     trainer.save(tmp_path / "state.safetensors")
     stored = load_file(tmp_path / "state.safetensors")
     assert stored["step"].tolist() == [2]
-    for name, weight in trainer.model.parameters.items():
+    for name, weight in weights_of(trainer.model).items():
         assert_same_bits(stored[f"weight.{name}"], weight)
         assert np.any(stored[f"exp_avg.{name}"]) and np.all(stored[f"exp_avg_sq.{name}"] >= 0)
 
 
 @pytest.mark.parametrize("recompute_layers", [False, True])
-def test_parts_of_a_batch_add_up(text: np.ndarray, recompute_layers: bool) -> None:
-    whole, parts = make(), make(micro_batch=3, recompute_layers=recompute_layers)
+def test_parts_of_a_batch_add_up(text: np.ndarray, device: str, recompute_layers: bool) -> None:
+    whole = make(device=device)
+    parts = make(device=device, micro_batch=3, recompute_layers=recompute_layers)
     for step in range(1, 5):
         ids, targets = batch(text, step)
         targets = np.where(np.arange(32) < 5 * (np.arange(8)[:, None] % 3), -100, targets)
         one, other = whole.step(ids, targets), parts.step(ids, targets)
         assert other.loss == pytest.approx(one.loss, rel=1e-5)
         assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-4)
-    for name, weight in whole.model.parameters.items():
-        assert relative_error(parts.model.parameters[name], weight) < 1e-3
+    actual = weights_of(parts.model)
+    for name, weight in weights_of(whole.model).items():
+        assert relative_error(actual[name], weight) < 1e-3
 
 
 def test_layers_computed_again_give_the_same_bits(text: np.ndarray) -> None:
@@ -184,29 +201,26 @@ def test_one_sequence(text: np.ndarray) -> None:
 # Bad input.
 
 
-def test_a_weight_that_is_not_finite(text: np.ndarray) -> None:
-    trainer = make()
+def test_a_weight_that_is_not_finite(text: np.ndarray, device: str) -> None:
+    trainer = make(device=device)
     run(trainer, text, 2)
     name = "backbone.layers.1.mixer.out_proj.weight"
-    before = {key: weight.copy() for key, weight in trainer.model.parameters.items()}
-    trainer.model.parameters[name][3, 4] = np.nan
-    trainer.model.refresh()
+    before = weights_of(trainer.model)[name][3, 4]
+    set_weight(trainer.model, name, (3, 4), np.nan)
     with pytest.raises(ssmcore.NotFiniteError, match=rf"trainer: step 3: {name} is not finite"):
         trainer.step(*batch(text, 3))
     assert trainer.steps_taken == 2
-    trainer.model.parameters[name][3, 4] = before[name][3, 4]
-    trainer.model.refresh()
-    other = make()
+    set_weight(trainer.model, name, (3, 4), before)
+    other = make(device=device)
     run(other, text, 3)
     trainer.step(*batch(text, 3))
     assert_same_weights(trainer, other)
 
 
-def test_a_gradient_that_is_not_finite(text: np.ndarray) -> None:
-    trainer = make()
+def test_a_gradient_that_is_not_finite(text: np.ndarray, device: str) -> None:
+    trainer = make(device=device)
     # The norm's weight overflows the products, though it is a number itself.
-    trainer.model.parameters["backbone.layers.0.norm.weight"][...] = 1e38
-    trainer.model.refresh()
+    set_weight(trainer.model, "backbone.layers.0.norm.weight", ..., 1e38)
     with pytest.raises(ssmcore.NotFiniteError, match=r"step 1: the gradient of backbone.* is not"):
         trainer.step(*batch(text, 1))
     assert trainer.steps_taken == 0
@@ -214,7 +228,7 @@ def test_a_gradient_that_is_not_finite(text: np.ndarray) -> None:
 
 def test_a_batch_that_does_not_fit() -> None:
     ids = np.broadcast_to(np.zeros(1, np.int64), (1 << 12, 1 << 10))
-    trainer = ssmcore.Trainer(ssmcore.create(256, 8))
+    trainer = ssmcore.Trainer(ssmcore.create(256, 8, device="cpu"))
     with pytest.raises(
         ssmcore.BackendError, match=r"4096 rows of 1024 tokens need \d+\.\d GiB .*micro_batch"
     ):
@@ -268,10 +282,10 @@ def test_refuses_states_of_others(tmp_path: Path, text: np.ndarray) -> None:
     trainer = make()
     with refuses("state"):
         trainer.load(path)
-    ssmcore.Trainer(ssmcore.create(32, 2)).save(path)
+    ssmcore.Trainer(ssmcore.create(32, 2, device="cpu")).save(path)
     with refuses("trainer", "tensor", "expected"):
         trainer.load(path)
-    ssmcore.Trainer(ssmcore.create(24, 3)).save(path)
+    ssmcore.Trainer(ssmcore.create(24, 3, device="cpu")).save(path)
     with refuses("trainer", "another"):
         trainer.load(path)
     trainer.save(path)

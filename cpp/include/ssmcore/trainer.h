@@ -69,7 +69,7 @@ class Trainer {
   // A workspace for it.
   void make_room(const LanguageModelTrainArgs& args);
   double sum_of_squares(const TensorView& x);
-  [[noreturn]] void fail_not_finite(float loss);
+  std::string first_not_finite();
   // Calls visit(name in the file, tensor) for everything that save() stores of the parameters.
   template <typename Visit>
   void for_each_saved(const Visit& visit) const;

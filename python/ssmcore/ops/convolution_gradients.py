@@ -35,7 +35,7 @@ def causal_conv1d_bwd(
     """The gradients of a scalar, given those with respect to what `causal_conv1d` returned.
 
     What is before the activation is computed again. Steps with a negative number in `seq_idx` take
-    and give no gradient. CPU only, so far.
+    and give no gradient.
 
     Args:
         dout: (B, D, L), x's dtype.

@@ -1,0 +1,9 @@
+// The backward of the selective scan of float32 activations, real A, and B and C that vary in time.
+#include "scan_bwd_launch.cuh"
+
+namespace ssmcore::cuda {
+
+template void launch_varying_scan_bwd<float>(const SelectiveScanBwdParams&, const ScanBwdPlan&,
+                                             const ScanBwdWorkspace&, const Exec&);
+
+}  // namespace ssmcore::cuda
