@@ -88,6 +88,8 @@ XLA_TARGETS: dict[str, dict[str, Any]]
 Empty where ssmcore was built without jaxlib. Their attributes hold the place of each array among
 the operands or results, by the names below, and what is no array.
 """
+XLA_FFI_VERSION: tuple[int, int]
+"""That of the headers they were built with; (0, 0) without."""
 
 # Operators. ssmcore/ops.py says what they compute; `out` and states are written. `on`: None for the
 # CPU, or (index of the GPU, stream, type of arrays, check, batch_invariant), as _outputs.py has it.

@@ -479,8 +479,16 @@ def test_boundaries_are_refused_when_the_program_runs() -> None:
         scan(cu_seqlens=np.array([0, 70, 67], np.int32)).block_until_ready()
 
 
-def test_a_build_without_jaxlib_says_so() -> None:
-    program = "import ssmcore._core as c; c.XLA_TARGETS = {}; import ssmcore.jax"
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("XLA_TARGETS = {}", "this ssmcore was built without jaxlib"),
+        ("XLA_FFI_VERSION = (99, 1)", "version 99.1, and jaxlib"),
+    ],
+)
+def test_a_build_for_no_jaxlib_or_a_newer_one_says_so(change: str, words: str) -> None:
+    program = f"import ssmcore._core as core; core.{change}; import ssmcore.jax"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode != 0
-    assert "ssmcore.jax: this ssmcore was built without jaxlib" in result.stderr
+    assert "ssmcore.errors.BackendError: ssmcore.jax" in result.stderr
+    assert words in result.stderr

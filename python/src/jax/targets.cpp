@@ -95,6 +95,7 @@ void bind_xla(py::module_& module) {
   targets["mamba_block_train_fwd"] = handlers<call_mamba_block_train_fwd<XlaCall>>();
   targets["mamba_block_bwd"] = handlers<call_mamba_block_bwd<XlaCall>>();
   module.attr("XLA_TARGETS") = targets;
+  module.attr("XLA_FFI_VERSION") = py::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
 }
 
 }  // namespace ssmcore

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
@@ -17,14 +19,29 @@ Array: TypeAlias = jax.Array
 # Arrays by the names of the C++ fields; None where one is absent.
 Arrays: TypeAlias = dict[str, Any]
 
-if not _core.XLA_TARGETS:
-    raise BackendError(
-        "ssmcore.jax: this ssmcore was built without jaxlib, whose headers its XLA calls take: "
-        "build it again where jaxlib is installed"
-    )
-for _op, _handlers in _core.XLA_TARGETS.items():
-    for _platform, _handler in _handlers.items():
-        jax.ffi.register_ffi_target(f"ssmcore_{_op}", _handler, platform=_platform)
+
+def _register() -> None:
+    """Tells JAX of the native handlers; raises BackendError where it would refuse them."""
+    if not _core.XLA_TARGETS:
+        raise BackendError(
+            "ssmcore.jax: this ssmcore was built without jaxlib, whose headers its XLA calls take: "
+            "build it again where jaxlib is installed"
+        )
+    header = Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h").read_text()
+    defined = dict(re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)", header))
+    installed = (int(defined["MAJOR"]), int(defined["MINOR"]))
+    if installed < _core.XLA_FFI_VERSION:
+        ours, theirs = ("{}.{}".format(*v) for v in (_core.XLA_FFI_VERSION, installed))
+        raise BackendError(
+            f"ssmcore.jax: this ssmcore was built for XLA's calls of version {ours}, and jaxlib "
+            f"here has {theirs}: build it again beside this jaxlib"
+        )
+    for op, handlers in _core.XLA_TARGETS.items():
+        for platform, handler in handlers.items():
+            jax.ffi.register_ffi_target(f"ssmcore_{op}", handler, platform=platform)
+
+
+_register()
 
 
 def call(
