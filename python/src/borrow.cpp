@@ -3,6 +3,7 @@
 #include <pybind11/numpy.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <optional>
 
 #include "dlpack.h"
@@ -225,6 +226,27 @@ Borrowed borrow_dlpack(py::handle array, const std::string& what, void* stream) 
 }
 
 }  // namespace
+
+TensorView without_memory(py::handle array, const std::string& what) {
+  if (py::isinstance<py::array>(array))
+    return borrow_numpy(py::reinterpret_borrow<py::array>(array), what).view;
+  const py::object given = array.attr("dtype");
+  const std::optional<DType> dtype = numpy_dtype(py::dtype::from_args(given));
+  if (!dtype) fail(what, "has dtype " + std::string(py::str(given)));
+  const py::tuple shape = array.attr("shape");
+  check_rank(what, static_cast<int64_t>(shape.size()));
+  TensorView view;
+  view.data = reinterpret_cast<void*>(alignof(std::max_align_t));
+  view.dtype = *dtype;
+  view.rank = static_cast<int>(shape.size());
+  int64_t stride = 1;
+  for (int i = view.rank - 1; i >= 0; --i) {
+    view.shape[i] = shape[static_cast<size_t>(i)].cast<int64_t>();
+    view.strides[i] = stride;
+    stride *= view.shape[i];
+  }
+  return view;
+}
 
 Borrowed borrow(py::handle array, const std::string& what, void* stream) {
   if (py::isinstance<py::array>(array))

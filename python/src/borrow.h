@@ -22,4 +22,7 @@ struct Borrowed {
 // ssmcore does not know.
 Borrowed borrow(pybind11::handle array, const std::string& what, void* stream = nullptr);
 
+// The shape and dtype of an array as a view that nobody may look into; a NumPy array is borrowed.
+TensorView without_memory(pybind11::handle array, const std::string& what);
+
 }  // namespace ssmcore

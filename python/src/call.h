@@ -11,6 +11,7 @@
 
 #include "borrow.h"
 #include "device.h"
+#include "ssmcore/causal_conv1d.h"
 #include "ssmcore/context.h"
 #include "ssmcore/error.h"
 #include "ssmcore/gradient.h"
@@ -25,7 +26,9 @@ class Call {
  public:
   // The keyword `on` says where, as ssmcore/_arrays.py makes it: None for the CPU, or the tuple
   // (index of the GPU, stream, type of arrays, check, batch_invariant).
+  // With `only_check`, arrays need no more than a shape and a dtype, and nothing runs.
   Call(const char* op, const pybind11::kwargs& arguments) : op_(op), arguments_(arguments) {
+    only_check_ = arguments.contains("only_check") && arguments["only_check"].cast<bool>();
     if (!arguments.contains("on") || arguments["on"].is_none()) return;
     const pybind11::tuple on = arguments["on"];
     device_ = {DeviceType::cuda, on[0].cast<int>()};
@@ -59,12 +62,28 @@ class Call {
     return arguments_[name].template cast<T>();
   }
 
+  Activation activation() const {
+    const pybind11::handle name = arguments_["activation"];
+    if (name.is_none()) return Activation::none;
+    if (pybind11::isinstance<pybind11::str>(name)) {
+      const std::string text = name.cast<std::string>();
+      if (text == "silu" || text == "swish") return Activation::silu;
+    }
+    throw Error(ErrorCode::invalid_argument, std::string(op_) + ": activation is " +
+                                                 std::string(pybind11::repr(name)) +
+                                                 ", expected None, 'silu' or 'swish'");
+  }
+
   // Runs an operator and its workspace_size function, without the GIL.
   template <typename Args>
   void run(size_t (*workspace_size)(const Args&, const Context&),
            void (*op)(const Args&, const Exec&), const Args& args) const {
     const pybind11::gil_scoped_release release;
     const Context& context = context_of(device_, batch_invariant_);
+    if (only_check_) {
+      workspace_size(args, context);
+      return;
+    }
     const std::shared_lock<std::shared_mutex> lock(calls());
     const Buffer workspace(context.allocator(), workspace_size ? workspace_size(args, context) : 0,
                            op_, stream_);
@@ -76,6 +95,7 @@ class Call {
   Borrowed array(const char* name) {
     if (!arguments_.contains(name) || arguments_[name].is_none()) return {};
     const pybind11::handle given = arguments_[name];
+    if (only_check_) return {without_memory(given, std::string(op_) + ": " + name), false, {}};
     borrowed_.push_back(borrow(given, std::string(op_) + ": " + name, stream_));
     // Another library may use the memory again as soon as this returns.
     if (device_.type == DeviceType::cuda &&
@@ -89,7 +109,7 @@ class Call {
   Device device_;
   void* stream_ = nullptr;
   pybind11::object ordered_type_;  // of arrays whose memory is only used again after the stream
-  bool check_ = false, batch_invariant_ = false, released_in_order_ = true;
+  bool only_check_ = false, check_ = false, batch_invariant_ = false, released_in_order_ = true;
   std::vector<Borrowed> borrowed_;
 };
 
@@ -100,5 +120,6 @@ void bind_arrays(pybind11::module_& module);
 void bind_ops(pybind11::module_& module);
 void bind_model(pybind11::module_& module);
 void bind_trainer(pybind11::module_& module);
+void bind_xla(pybind11::module_& module);
 
 }  // namespace ssmcore

@@ -61,4 +61,5 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   bind_ops(module);
   bind_model(module);
   bind_trainer(module);
+  bind_xla(module);
 }

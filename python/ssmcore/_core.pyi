@@ -82,9 +82,19 @@ def own_stream(index: int) -> int:
 def synchronize(index: int, stream: int) -> None:
     """Waits for a stream of a GPU, and raises what was found wrong on it."""
 
+XLA_TARGETS: dict[str, dict[str, Any]]
+"""By operator and by platform, as JAX names it: a capsule of the handler of XLA's custom calls.
+
+Empty where ssmcore was built without jaxlib. Their attributes hold the place of each array among
+the operands or results, by the names below, and what is no array.
+"""
+XLA_FFI_VERSION: tuple[int, int]
+"""That of the headers they were built with; (0, 0) without."""
+
 # Operators. ssmcore/ops.py says what they compute; `out` and states are written. `on`: None for the
 # CPU, or (index of the GPU, stream, type of arrays, check, batch_invariant), as _outputs.py has it.
-# Gradients whose names `accumulate` holds are added to what is there.
+# Gradients whose names `accumulate` holds are added to what is there. With `only_check`, nothing is
+# computed, and arrays need no more than a shape and a dtype.
 
 def selective_scan(
     *,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from .. import _core
@@ -83,30 +84,36 @@ def mamba_block(
     return library.hand_over(out)
 
 
-def block_parameters(
-    op: str, weights: dict[str, Array], dt_B_C_norm_eps: float | None
-) -> dict[str, Any]:
-    """The weights of a block as `_core` takes them: depthwise taps (D, W), A instead of A_log."""
+def check_parameters(op: str, weights: Mapping[str, Array], dt_B_C_norm_eps: float | None) -> None:
+    """Raises InvalidArgumentError for names or taps of `mamba_block` that are not as it says."""
     for name in NAMES:
         if name not in weights and name not in OPTIONAL:
             raise InvalidArgumentError(f"{op}: weights has no {name!r}")
     for name in weights:
         if name not in NAMES:
             raise InvalidArgumentError(f"{op}: weights has an unknown {name!r}")
-    conv_weight, A_log = weights["conv1d.weight"], weights["A_log"]
+    conv_weight = weights["conv1d.weight"]
     require_rank(conv_weight, f"{op}: conv1d.weight", 3, "(dim, 1, width)")
     if conv_weight.shape[1] != 1:
         raise InvalidArgumentError(
             f"{op}: conv1d.weight has shape {tuple(conv_weight.shape)}, expected (dim, 1, width)"
         )
-    require_array(A_log, f"{op}: A_log")
+    require_array(weights["A_log"], f"{op}: A_log")
     if dt_B_C_norm_eps is not None and not dt_B_C_norm_eps > 0:
         raise InvalidArgumentError(
             f"{op}: dt_B_C_norm_eps is {dt_B_C_norm_eps!r}, expected more than 0, or None"
         )
+
+
+def block_parameters(
+    op: str, weights: dict[str, Array], dt_B_C_norm_eps: float | None
+) -> dict[str, Any]:
+    """The weights of a block as `_core` takes them: depthwise taps (D, W), A instead of A_log."""
+    check_parameters(op, weights, dt_B_C_norm_eps)
+    A_log = weights["A_log"]
     return {
         **{key: weights.get(name) for name, key in NAMES.items()},
-        "conv_weight": conv_weight[:, 0, :],
+        "conv_weight": weights["conv1d.weight"][:, 0, :],
         "A": library_of(A_log).decay(A_log),
         "dt_B_C_norm_eps": dt_B_C_norm_eps or 0.0,
     }
