@@ -225,7 +225,16 @@ float loss_and_gradients(const LanguageModel& model, py::handle token_ids, py::h
                          model.loss_and_gradients_workspace_size(args, context),
                          "the activations of a training step", stream);
   const Exec exec{context, stream, workspace.data(), workspace.bytes()};
-  model.loss_and_gradients(args, exec);
+  try {
+    model.loss_and_gradients(args, exec);
+  } catch (const Error&) {
+    // What the kernels under way still have to report is of this call too.
+    try {
+      context.synchronize(stream);
+    } catch (const Error&) {
+    }
+    throw;
+  }
   // Gradients of other libraries are whole when this returns.
   float value = 0;
   copy(args.loss, TensorView(&value, DType::float32, {1}), exec);

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <string>
 
 #include "call.h"
 
@@ -15,7 +16,13 @@ namespace {
 std::unique_ptr<Trainer> make_trainer(LanguageModel& model, const py::kwargs& settings) {
   TrainerOptions options;
   const auto read = [&](const char* name, auto& value) {
-    value = settings[name].cast<std::remove_reference_t<decltype(value)>>();
+    try {
+      value = settings[name].cast<std::remove_reference_t<decltype(value)>>();
+    } catch (const py::cast_error&) {
+      throw Error(ErrorCode::invalid_argument, std::string("trainer: ") + name + " is " +
+                                                   std::string(py::repr(settings[name])) +
+                                                   ", out of range or no number");
+    }
   };
   read("lr", options.lr);
   read("warmup_steps", options.warmup_steps);

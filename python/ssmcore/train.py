@@ -9,13 +9,14 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssmcore._files import write_atomically
+from ssmcore._interrupt import deferred_interrupts
 from ssmcore.corpus import Corpus, read_text
 from ssmcore.errors import InvalidArgumentError, NotFiniteError
 from ssmcore.initialization import create
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _RUN = "training.json"  # how the run was begun
 _STATE = "trainer.safetensors"
+_MODEL = "model.safetensors"
 _LOG = "log.jsonl"
 _PLOT = "loss.png"  # where Matplotlib is installed
 _HELD_OUT = 0.05
@@ -167,13 +169,16 @@ class Run:
                 unit="step",
                 disable=not progress,
             ) as bar,
+            deferred_interrupts() as check_interrupt,
         ):
             try:
-                is_new = self._evaluate_if_due(eval_every)  # Ctrl-C may have come before it
+                # Ctrl-C may have come before it.
+                is_new = self._evaluate_if_due(eval_every, check_interrupt)
                 while trainer.steps_taken < settings.steps:
                     self._step(bar)
+                    check_interrupt()
                     step = trainer.steps_taken
-                    self._evaluate_if_due(eval_every)
+                    self._evaluate_if_due(eval_every, check_interrupt)
                     if step < settings.steps and _is_due(step, save_every, settings.steps):
                         self._try_to_save(bar)
             except NotFiniteError as error:
@@ -209,14 +214,16 @@ class Run:
         bar.update()
         bar.set_postfix_str(f"loss {step.loss:.4f}, {rate:,.0f} tok/s")
 
-    def _evaluate_if_due(self, every: int) -> bool:
+    def _evaluate_if_due(self, every: int, check_interrupt: Callable[[], None]) -> bool:
         """Whether there is a new score."""
         step, scores = self.trainer.steps_taken, self.log.scores
         is_known = step == 0 or (bool(scores) and scores[-1]["step"] == step)
         if is_known or not _is_due(step, every, self.settings.steps):
             return False
         bits = {
-            name: self.model.score(text, self.settings.length).bits_per_byte
+            name: self.model.score(
+                text, self.settings.length, lambda *_: check_interrupt()
+            ).bits_per_byte
             for name, text in self._held_out.items()
         }
         for name, value in bits.items():
@@ -243,7 +250,13 @@ class Run:
         """How a run in the folder was begun."""
         path = self.folder / _RUN
         if not path.exists():
+            if (self.folder / _MODEL).exists():
+                raise InvalidArgumentError(
+                    f"train: {self.folder} holds a model that is of no run; name another folder"
+                )
             return None
+        if not resume and not (self.folder / _STATE).exists():
+            return None  # one that came to no checkpoint
         if not resume:
             raise InvalidArgumentError(
                 f"train: {self.folder} holds a run already; go on with it (--resume) or name "

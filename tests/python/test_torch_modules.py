@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 import torch_reference as reference
 from helpers import assert_close
 from model_fixtures import BUNDLED, UPSTREAM, golden
@@ -60,6 +62,21 @@ def test_block_and_its_gradients(options: dict[str, Any]) -> None:
     gradients = [torch.autograd.grad(out, inputs, weight) for out in (actual, expected)]
     for mine, theirs in zip(*gradients, strict=True):
         assert_close(mine.numpy(), theirs.numpy(), "float64")
+
+
+def test_block_with_a_computed_weight() -> None:
+    """Parametrised, as for weight norm, or pruned: gradients reach what it is computed from."""
+    torch.manual_seed(0)
+    plain = Mamba(16)
+    x = torch.randn(1, 9, 16)
+    changed = copy.deepcopy(plain)
+    torch.nn.utils.parametrizations.weight_norm(changed.in_proj)
+    assert_close(changed(x).detach().numpy(), plain(x).detach().numpy(), "float32")
+    changed(x).sum().backward()
+    assert changed.in_proj.parametrizations.weight.original1.grad.any()
+    torch.nn.utils.prune.random_unstructured(plain.out_proj, "weight", 0.5)
+    expected = reference.mamba_block(plain, x)
+    assert_close(plain(x).detach().numpy(), expected.detach().numpy(), "float32")
 
 
 def test_golden_block() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -157,6 +158,18 @@ def interrupt_at(number: int) -> Callable[[int], None]:
             raise KeyboardInterrupt
 
     return act
+
+
+def test_interrupted_within_a_step(tmp_path: Path, text: Path) -> None:
+    """The step is then in the log, as it is in the weights."""
+    interrupted = begin(tmp_path / "interrupted", text)
+    before_steps(interrupted, lambda step: step == 3 and os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.train(0, 0, progress=False)
+    assert [step for step, _ in losses(tmp_path / "interrupted")] == [1, 2, 3]
+    go_on(tmp_path / "interrupted").train(0, 0, progress=False)
+    begin(tmp_path / "whole", text).train(0, 0, progress=False)
+    assert losses(tmp_path / "interrupted") == losses(tmp_path / "whole")
 
 
 def test_killed_while_it_saves(tmp_path: Path, text: Path) -> None:
@@ -320,6 +333,23 @@ def begun(tmp_path: Path, text: Path) -> Path:
 def test_a_folder_with_a_run(begun: Path, text: Path) -> None:
     with refuses("train", "resume"):
         begin(begun, text)
+
+
+def test_a_folder_without_a_checkpoint(tmp_path: Path, text: Path) -> None:
+    """What failed before its first checkpoint may be begun in another way."""
+    run = begin(tmp_path / "run", text)
+    before_steps(run, interrupt_at(1))
+    run.save = lambda: None  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run.train(0, 0, progress=False)
+    assert (tmp_path / "run" / "training.json").exists()
+    begin(tmp_path / "run", text, given={"micro_batch": 2}).train(0, 0, progress=False)
+
+
+def test_a_folder_with_another_model(tmp_path: Path, text: Path) -> None:
+    ssmcore.save(ssmcore.create(24, 1, device="cpu"), tmp_path / "model")
+    with refuses("train", "model", "of no run"):
+        begin(tmp_path / "model", text)
 
 
 def test_other_settings(begun: Path, text: Path) -> None:

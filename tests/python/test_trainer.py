@@ -42,7 +42,7 @@ def weights_of(model: ssmcore.Model) -> dict[str, np.ndarray]:
 
 def set_weight(model: ssmcore.Model, name: str, at: Any, value: float) -> None:
     weight = model.parameters[name]
-    (weight if isinstance(weight, np.ndarray) else torch.from_dlpack(weight))[at] = value
+    (weight if isinstance(weight, np.ndarray) else torch.from_dlpack(weight))[at] = float(value)
     model.refresh()
 
 

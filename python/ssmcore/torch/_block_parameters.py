@@ -32,23 +32,26 @@ PARAMETERS = (
 
 def block_parameters(mixer: Any, dtype: torch.dtype) -> list[Tensor | None]:
     """Those of a module, in the order of NAMES; dt_proj.bias, A_log and D in `dtype`."""
-    layers, own = mixer._modules, mixer._parameters
-    in_proj, conv, out_proj = (
-        layers[name]._parameters for name in ("in_proj", "conv1d", "out_proj")
-    )
-    dt_proj = layers["dt_proj"]._parameters
+    own = mixer._parameters
+
+    def of(layer: str, name: str) -> Tensor | None:
+        module = mixer._modules[layer]
+        parameters: dict[str, Tensor | None] = module._parameters
+        # One that is computed from others (parametrised, pruned) is an attribute alone.
+        return parameters[name] if name in parameters else getattr(module, name)
+
     return [
-        in_proj["weight"],
-        in_proj["bias"],
-        conv["weight"],
-        conv["bias"],
-        layers["x_proj"]._parameters["weight"],
-        dt_proj["weight"],
-        cast(dt_proj["bias"], dtype),
+        of("in_proj", "weight"),
+        of("in_proj", "bias"),
+        of("conv1d", "weight"),
+        of("conv1d", "bias"),
+        of("x_proj", "weight"),
+        of("dt_proj", "weight"),
+        cast(of("dt_proj", "bias"), dtype),
         cast(own["A_log"], dtype),
         cast(own["D"], dtype),
-        out_proj["weight"],
-        out_proj["bias"],
+        of("out_proj", "weight"),
+        of("out_proj", "bias"),
     ]
 
 
