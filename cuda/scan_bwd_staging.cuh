@@ -122,12 +122,8 @@ struct ScanBwdTile {
                 (t + step() + i * kNextStep) * strides.stride[3],
             strides.stride[2], strides.stride[3]};
   }
-  __device__ __forceinline__ int rows_left(int i) const {
-    return channels - d() - i * kNextRow;
-  }
-  __device__ __forceinline__ int steps_left(int i) const {
-    return steps - step() - i * kNextStep;
-  }
+  __device__ __forceinline__ int rows_left(int i) const { return channels - d() - i * kNextRow; }
+  __device__ __forceinline__ int steps_left(int i) const { return steps - step() - i * kNextStep; }
 
   // Those of whole tiles are moved as vectors.
   template <bool kWhole>
