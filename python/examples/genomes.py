@@ -1,0 +1,148 @@
+"""Predicting the next base of bacterial genomes at growing context.
+
+    apt-get install ragout-examples
+    python python/examples/genomes.py --out genomes --device cuda --dtype bf16
+
+Trained on Escherichia coli K-12 MG1655, a model for each context, all on the same number of bases;
+scored in bits per base on a part of it that is held out, on the strain DH1 and on another species,
+Vibrio cholerae O395. The genomes are those of Debian's package ragout-examples.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+from task import Batch, Training, options_of, report
+
+import ssmcore
+
+DEFAULTS = {
+    "genomes": "/usr/share/doc/ragout/examples",
+    "shortest": 2**10,
+    "longest": 2**17,
+    "tokens": 2**17,
+    "d_model": 128,
+    "layers": 6,
+    "steps": 1000,
+    "lr": 5e-3,
+    "seed": 0,
+    "dtype": "auto",
+}
+_HELP = {
+    "genomes": "folder of ragout's examples",
+    "shortest": "context",
+    "longest": "context; between them powers of 2",
+    "tokens": "bases in a step",
+    "d_model": "width of the models",
+    "layers": "of the models",
+    "steps": "of each model",
+    "lr": "learning rate at its peak",
+    "seed": "of weights and data",
+    "dtype": "of activations",
+}
+TRAINED = "E.Coli/references/MG1655-K12.fasta.gz"
+SCORED = {
+    "DH1": "E.Coli/references/DH1.fasta.gz",
+    "V. cholerae": "V.Cholerae/references/O395.fasta.gz",
+}
+HELD_OUT = 1 / 8
+MOST_SCORED = 2**20  # bases
+BASES, OTHER = b"ACGT", 4  # a base that is not known, and the beginning of a sequence
+
+
+def read_genome(path: Path) -> np.ndarray:
+    """The bases of a FASTA file, gzipped or not, as 0 to 3 for A, C, G and T, else 4."""
+    if not path.exists():
+        raise SystemExit(f"{path} is not there: apt-get install ragout-examples, or --genomes DIR")
+    code = np.full(256, OTHER, np.uint8)
+    for value, base in enumerate(BASES):
+        code[[base, base | 0x20]] = value
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        content = gzip.decompress(content)
+    lines = [b"N" if line.startswith(b">") else line.strip() for line in content.splitlines()]
+    bases: np.ndarray = code[np.frombuffer(b"".join(lines), np.uint8)]
+    if not (bases < OTHER).any():
+        raise SystemExit(f"{path} holds no bases")
+    return bases
+
+
+def batch(genome: np.ndarray, seed: int, number: int, rows: int, context: int) -> Batch:
+    """Windows that begin anywhere, and what follows each base."""
+    generator = np.random.default_rng([seed, number])
+    starts = generator.integers(0, len(genome) - context, (rows, 1))
+    windows = genome[starts + np.arange(context + 1)].astype(np.int64)
+    return windows[:, :-1], windows[:, 1:]
+
+
+def bits_per_base(model: ssmcore.Model, genome: np.ndarray, context: int, rows: int) -> float:
+    """Over windows of a context one after another, each from an empty state."""
+    count = min(len(genome) - 1, MOST_SCORED) // context
+    if count == 0:
+        raise SystemExit(f"a genome of {len(genome):,} bases has no window of {context:,}")
+    nats = 0.0
+    for first in range(0, count, rows):
+        starts = context * np.arange(first, min(first + rows, count))[:, None]
+        windows = genome[starts + np.arange(context + 1)].astype(np.int64)
+        logits = model.forward(windows[:, :-1], logits="all")[0].astype(np.float64)
+        largest = logits.max(-1, keepdims=True)
+        normalizer = largest[..., 0] + np.log(np.exp(logits - largest).sum(-1))
+        nats += float(
+            (normalizer - np.take_along_axis(logits, windows[:, 1:, None], -1)[..., 0]).sum()
+        )
+    return nats / (count * context * math.log(2))
+
+
+def main() -> None:
+    options = options_of(__doc__.partition("\n\n")[0], DEFAULTS, _HELP)
+    settings = {name: getattr(options, name) for name in DEFAULTS}
+    folder = Path(options.genomes)
+    genome = read_genome(folder / TRAINED)
+    end = len(genome) - int(HELD_OUT * len(genome))
+    scored = {name: read_genome(folder / file) for name, file in SCORED.items()}
+    deadline = time.monotonic() + 60 * options.minutes
+    rows = []
+    context = options.shortest
+    while context <= options.longest and time.monotonic() < deadline:
+        model = ssmcore.create(
+            options.d_model,
+            options.layers,
+            OTHER + 1,
+            seed=options.seed,
+            device=options.device,
+            dtype=options.dtype,
+        )
+        training = Training(
+            options.out / str(context),
+            {**settings, "context": context},
+            ssmcore.Trainer(
+                model, lr=options.lr, warmup_steps=options.steps // 10, total_steps=options.steps
+            ),
+            resume=options.resume,
+            deadline=deadline,
+        )
+        windows = max(1, options.tokens // context)
+        if not training.run(
+            lambda number, context=context, windows=windows: batch(  # type: ignore[misc]
+                genome[:end], options.seed, number, windows, context
+            ),
+            options.steps,
+        ):
+            break
+        row = {"context": context, "held out": bits_per_base(model, genome[end:], context, windows)}
+        for name, other in scored.items():
+            row[name] = bits_per_base(model, other, context, windows)
+        rows.append({**row, "steps": training.trainer.steps_taken})
+        context *= 2
+    if rows:
+        report(options.out, settings, rows)
+    if context <= options.longest:
+        print(f"not done yet: go on with --resume --out {options.out}")
+
+
+if __name__ == "__main__":
+    main()
