@@ -6,7 +6,7 @@ The block (d_model 2560, bf16, B8 L2048) and the byte model (d_model 256, 8 laye
 parameters, 32 x 2048 bytes a step) are those of the project's targets. A step of the byte model is
 forward, backward, clipping and AdamW, in bf16: of `ssmcore.torch` with autocast and torch's own
 fused optimiser, of the same in a CUDA graph, and of `ssmcore.Trainer`. The text is that of
-tests/data. Times are medians by CUDA events, or of the host for whole steps; memory is what torch
+tests/data. Times are medians by CUDA events, of steps as they follow one another; memory is what torch
 allocates at most, and ssmcore's workspace, above what stood before: parameters, input and the
 output's gradient. Prints a table in Markdown and writes every sample.
 """
@@ -17,8 +17,8 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +50,15 @@ def device_times(call: Callable[[], Any]) -> list[float]:
     return samples[3:]
 
 
-def host_times(call: Callable[[], Any]) -> list[float]:
-    """The ms of REPEATS calls that each end with the GPU idle."""
-    samples = []
-    for _ in range(REPEATS + 3):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        torch.cuda.synchronize()
-        samples.append(1e3 * (time.perf_counter() - start))
-    return samples[3:]
+def step_times(step: Callable[[], Any]) -> list[float]:
+    """The ms from the end of a step to that of the next, of REPEATS steps one after another."""
+    ends = []
+    for _ in range(REPEATS + 4):
+        step()
+        ends.append(torch.cuda.Event(enable_timing=True))
+        ends[-1].record()
+    ends[-1].synchronize()
+    return [a.elapsed_time(b) for a, b in pairwise(ends[3:])]
 
 
 def measure_block() -> dict[str, Any]:
@@ -146,7 +145,7 @@ def measure_torch(in_graph: bool) -> list[float]:
         optimizer.step()
 
     if not in_graph:
-        return host_times(lambda: (window.copy_(next_batch()), step()))
+        return step_times(lambda: (window.copy_(next_batch()), step()))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -156,7 +155,7 @@ def measure_torch(in_graph: bool) -> list[float]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return host_times(lambda: (window.copy_(next_batch()), graph.replay()))
+    return step_times(lambda: (window.copy_(next_batch()), graph.replay()))
 
 
 def measure_trainer() -> list[float]:
@@ -170,7 +169,7 @@ def measure_trainer() -> list[float]:
         window = next_batch().cpu().numpy()
         trainer.step(window[:, :-1], window[:, 1:])
 
-    return host_times(step)
+    return step_times(step)
 
 
 def main() -> None:
