@@ -6,8 +6,8 @@ The block (d_model 2560, bf16, B8 L2048) and the byte model (d_model 256, 8 laye
 parameters, 32 x 2048 bytes a step) are those of the project's targets. A step of the byte model is
 forward, backward, clipping and AdamW, in bf16: of `ssmcore.torch` with autocast and torch's own
 fused optimiser, of the same in a CUDA graph, and of `ssmcore.Trainer`. The text is that of
-tests/data. Times are medians by CUDA events, of steps as they follow one another; memory is what torch
-allocates at most, and ssmcore's workspace, above what stood before: parameters, input and the
+tests/data. Times are medians by CUDA events, of steps as they follow one another; memory is what
+torch allocates at most, and ssmcore's workspace, above what stood before: parameters, input and the
 output's gradient. Prints a table in Markdown and writes every sample.
 """
 
