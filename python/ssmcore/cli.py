@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _CLOSED_PIPE
     except (ssmcore.Error, OSError) as error:
         return _report(error)
+    except MemoryError as error:
+        return _report(f"out of memory: {error}" if str(error) else "out of memory")
     except KeyboardInterrupt:
         return _INTERRUPTED
 

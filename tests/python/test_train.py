@@ -446,6 +446,14 @@ def test_command_reports_errors(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert printed.out == "" and printed.err.startswith("ssmcore: error: train: cannot read ")
 
 
+def test_command_reports_sizes_beyond_any_memory(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = flags({**SETTINGS, "batch": 10**12})
+    assert cli.main(["train", "--text", str(text), "--out", str(tmp_path / "run"), *settings]) == 2
+    assert "ssmcore: error: out of memory" in capsys.readouterr().err
+
+
 def test_bundled_vocabulary_is_of_bytes() -> None:
     """What training without a tokenizer takes a text to be."""
     from ssmcore.tokenizer import FileTokenizer
