@@ -17,6 +17,7 @@ import ssmcore
 
 Batch = tuple[np.ndarray, np.ndarray]  # token ids and targets, (B, T)
 NOT_ASKED = -100  # as a target
+SAVE_SECONDS = 60  # a kill costs no more
 FRESH = 2**40  # batches from this number on are never trained on
 
 
@@ -76,7 +77,9 @@ class Training:
             raise SystemExit(f"{folder} was begun with another {', '.join(differing)}")
         if self._state.exists():
             trainer.load(self._state)
-            self.reached = json.loads(self._progress.read_text())["reached"]
+            # Of a run that was killed between two files it may be ahead.
+            reached = json.loads(self._progress.read_text())["reached"]
+            self.reached = reached if reached == trainer.steps_taken else None
 
     def run(
         self,
@@ -93,13 +96,18 @@ class Training:
         """
         trainer = self.trainer
         done = trainer.steps_taken
+        next_save = time.monotonic() + SAVE_SECONDS
         # The next batch is drawn while a step runs.
         with ThreadPoolExecutor(1) as pool, tqdm(initial=done, total=steps, unit="step") as bar:
             upcoming = pool.submit(batch, done + 1)
             while self.reached is None and trainer.steps_taken < steps:
-                if time.monotonic() > self.deadline:
+                now = time.monotonic()
+                if now > self.deadline:
                     self.save()
                     return False
+                if now > next_save:
+                    self.save()
+                    next_save = now + SAVE_SECONDS
                 ids, targets = upcoming.result()
                 upcoming = pool.submit(batch, trainer.steps_taken + 2)
                 step = trainer.step(ids, targets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -105,18 +106,30 @@ def test_runs_that_stop_and_go_on(
     capsys: pytest.CaptureFixture[str],
     name: str,
 ) -> None:
-    program = example(name)
+    program, task = example(name), example("task")
     whole = run(monkeypatch, program, tmp_path / "whole", **SMALL[name], steps=6)
     assert whole is not None
     assert whole["rows"][0]["steps"] == 6
     assert "| accuracy |" in capsys.readouterr().out
-    run(monkeypatch, program, tmp_path / "parts", **SMALL[name], steps=6, minutes=0)
+    with monkeypatch.context() as patch:  # a clock on which each look takes a minute
+        looks = itertools.count()
+        patch.setattr(task.time, "monotonic", lambda: 60.0 * next(looks))
+        run(patch, program, tmp_path / "parts", **SMALL[name], steps=6, minutes=5)
     assert "--resume" in capsys.readouterr().out
+    begun = ssmcore.Trainer(ssmcore.load(tmp_path / "parts", device="cpu", trainable=True))
+    begun.load(tmp_path / "parts" / "trainer.safetensors")
+    assert 0 < begun.steps_taken < 6
     with pytest.raises(SystemExit, match="holds a run already"):
         run(monkeypatch, program, tmp_path / "parts", **SMALL[name], steps=6)
     with pytest.raises(SystemExit, match="begun with another lr"):
         run(monkeypatch, program, tmp_path / "parts", "--resume", **SMALL[name], steps=6, lr=1)
+    taken = []
+    step = ssmcore.Trainer.step
+    monkeypatch.setattr(
+        ssmcore.Trainer, "step", lambda *args: taken.append(step(*args)) or taken[-1]
+    )
     run(monkeypatch, program, tmp_path / "parts", "--resume", **SMALL[name], steps=6)
+    assert [s.step for s in taken] == list(range(begun.steps_taken + 1, 7))
     for file in ("model.safetensors", "trainer.safetensors"):
         assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
