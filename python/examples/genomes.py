@@ -16,33 +16,21 @@ import time
 from pathlib import Path
 
 import numpy as np
-from task import Batch, Training, options_of, report
+from task import Batch, Settings, Training, new_model, options_of, report
 
 import ssmcore
 
-DEFAULTS = {
-    "genomes": "/usr/share/doc/ragout/examples",
-    "shortest": 2**10,
-    "longest": 2**17,
-    "tokens": 2**17,
-    "d_model": 128,
-    "layers": 6,
-    "steps": 1000,
-    "lr": 5e-3,
-    "seed": 0,
-    "dtype": "auto",
-}
-_HELP = {
-    "genomes": "folder of ragout's examples",
-    "shortest": "context",
-    "longest": "context; between them powers of 2",
-    "tokens": "bases in a step",
-    "d_model": "width of the models",
-    "layers": "of the models",
-    "steps": "of each model",
-    "lr": "learning rate at its peak",
-    "seed": "of weights and data",
-    "dtype": "of activations",
+SETTINGS: Settings = {
+    "genomes": ("/usr/share/doc/ragout/examples", "folder of ragout's examples"),
+    "shortest": (2**10, "context"),
+    "longest": (2**17, "context; between them powers of 2"),
+    "tokens": (2**17, "bases in a step"),
+    "d_model": (128, "width of the models"),
+    "layers": (6, "of the models"),
+    "steps": (1000, "of each model"),
+    "lr": (5e-3, "learning rate at its peak"),
+    "seed": (0, "of weights and data"),
+    "dtype": ("auto", "of activations"),
 }
 TRAINED = "E.Coli/references/MG1655-K12.fasta.gz"
 SCORED = {
@@ -98,8 +86,8 @@ def bits_per_base(model: ssmcore.Model, genome: np.ndarray, context: int, rows: 
 
 
 def main() -> None:
-    options = options_of(__doc__.partition("\n\n")[0], DEFAULTS, _HELP)
-    settings = {name: getattr(options, name) for name in DEFAULTS}
+    options = options_of(__doc__.partition("\n\n")[0], SETTINGS)
+    settings = {name: getattr(options, name) for name in SETTINGS}
     folder = Path(options.genomes)
     genome = read_genome(folder / TRAINED)
     end = len(genome) - int(HELD_OUT * len(genome))
@@ -108,14 +96,7 @@ def main() -> None:
     rows = []
     context = options.shortest
     while context <= options.longest and time.monotonic() < deadline:
-        model = ssmcore.create(
-            options.d_model,
-            options.layers,
-            OTHER + 1,
-            seed=options.seed,
-            device=options.device,
-            dtype=options.dtype,
-        )
+        model = new_model(options, OTHER + 1)
         training = Training(
             options.out / str(context),
             {**settings, "context": context},

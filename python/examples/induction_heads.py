@@ -13,33 +13,24 @@ from __future__ import annotations
 import time
 
 import numpy as np
-from task import FRESH, NOT_ASKED, Batch, Training, options_of, report
+from task import FRESH, NOT_ASKED, Batch, Settings, Training, new_model, options_of, report
 
 import ssmcore
 
-DEFAULTS = {
-    "length": 256,
-    "vocab": 16,
-    "d_model": 64,
-    "layers": 2,
-    "batch": 8,
-    "steps": 204_800,
-    "lr": 1e-3,
-    "longest": 2**20,
-    "seed": 0,
-    "dtype": "auto",
-}
-_HELP = {
-    "length": "positions in training",
-    "vocab": "kinds of tokens, the trigger included",
-    "d_model": "width of the model",
-    "layers": "of the model",
-    "batch": "sequences in a step",
-    "steps": "at most; it stops when no answer of 2,048 fresh sequences is wrong, three times",
-    "lr": "learning rate, the same throughout",
-    "longest": "positions to test, from 64 on in powers of 2",
-    "seed": "of weights and data",
-    "dtype": "of activations",
+SETTINGS: Settings = {
+    "length": (256, "positions in training"),
+    "vocab": (16, "kinds of tokens, the trigger included"),
+    "d_model": (64, "width of the model"),
+    "layers": (2, "of the model"),
+    "batch": (8, "sequences in a step"),
+    "steps": (
+        204_800,
+        "at most; it stops when no answer of 2,048 fresh sequences is wrong, three times",
+    ),
+    "lr": (1e-3, "learning rate, the same throughout"),
+    "longest": (2**20, "positions to test, from 64 on in powers of 2"),
+    "seed": (0, "of weights and data"),
+    "dtype": ("auto", "of activations"),
 }
 CHECK_EVERY = 2000  # steps
 SEQUENCES, LEAST, TOKENS = 512, 16, 2**24  # to test a length on: the first, but no more tokens
@@ -73,17 +64,10 @@ def accuracy(model: ssmcore.Model, seed: int, length: int, vocab: int, sequences
 
 
 def main() -> None:
-    options = options_of(__doc__.partition("\n\n")[0], DEFAULTS, _HELP)
-    settings = {name: getattr(options, name) for name in DEFAULTS}
+    options = options_of(__doc__.partition("\n\n")[0], SETTINGS)
+    settings = {name: getattr(options, name) for name in SETTINGS}
     seed, length, vocab = options.seed, options.length, options.vocab
-    model = ssmcore.create(
-        options.d_model,
-        options.layers,
-        vocab,
-        seed=seed,
-        device=options.device,
-        dtype=options.dtype,
-    )
+    model = new_model(options, vocab)
     training = Training(
         options.out,
         settings,

@@ -12,35 +12,22 @@ from __future__ import annotations
 import time
 
 import numpy as np
-from task import FRESH, NOT_ASKED, Batch, Training, options_of, report
+from task import FRESH, NOT_ASKED, Batch, Settings, Training, new_model, options_of, report
 
 import ssmcore
 
-DEFAULTS = {
-    "length": 4096,
-    "copied": 16,
-    "vocab": 16,
-    "d_model": 64,
-    "layers": 2,
-    "batch": 64,
-    "steps": 400_000,
-    "lr": 1e-3,
-    "goal": 0.995,
-    "seed": 0,
-    "dtype": "auto",
-}
-_HELP = {
-    "length": "positions before the answer",
-    "copied": "tokens to copy",
-    "vocab": "kinds of tokens, noise and marker included",
-    "d_model": "width of the model",
-    "layers": "of the model",
-    "batch": "sequences in a step",
-    "steps": "at most",
-    "lr": "learning rate, the same throughout",
-    "goal": "part of fresh sequences' tokens at which to stop",
-    "seed": "of weights and data",
-    "dtype": "of activations",
+SETTINGS: Settings = {
+    "length": (4096, "positions before the answer"),
+    "copied": (16, "tokens to copy"),
+    "vocab": (16, "kinds of tokens, noise and marker included"),
+    "d_model": (64, "width of the model"),
+    "layers": (2, "of the model"),
+    "batch": (64, "sequences in a step"),
+    "steps": (400_000, "at most"),
+    "lr": (1e-3, "learning rate, the same throughout"),
+    "goal": (0.995, "part of fresh sequences' tokens at which to stop"),
+    "seed": (0, "of weights and data"),
+    "dtype": ("auto", "of activations"),
 }
 CHECK_EVERY = 500  # steps
 FEW, MANY = 4, 32  # batches that a check, and the result, are made on
@@ -71,17 +58,10 @@ def accuracy(model: ssmcore.Model, batches: list[Batch]) -> float:
 
 
 def main() -> None:
-    options = options_of(__doc__.partition("\n\n")[0], DEFAULTS, _HELP)
-    settings = {name: getattr(options, name) for name in DEFAULTS}
+    options = options_of(__doc__.partition("\n\n")[0], SETTINGS)
+    settings = {name: getattr(options, name) for name in SETTINGS}
     sizes = (options.batch, options.length, options.copied, options.vocab)
-    model = ssmcore.create(
-        options.d_model,
-        options.layers,
-        options.vocab,
-        seed=options.seed,
-        device=options.device,
-        dtype=options.dtype,
-    )
+    model = new_model(options, options.vocab)
     training = Training(
         options.out,
         settings,

@@ -21,10 +21,11 @@ SAVE_SECONDS = 60  # a kill costs no more
 FRESH = 2**40  # batches from this number on are never trained on
 
 
-def options_of(
-    description: str, defaults: dict[str, Any], settings: dict[str, str]
-) -> argparse.Namespace:
-    """The command line: where, for how long, and the settings by name with their help."""
+Settings = dict[str, tuple[Any, str]]  # by name: the default, and what it is
+
+
+def options_of(description: str, settings: Settings) -> argparse.Namespace:
+    """The command line: where, for how long, and the settings."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on with the run of the folder")
@@ -32,8 +33,7 @@ def options_of(
     parser.add_argument(
         "--minutes", type=float, default=9, help="stop and save after so many (default: 9)"
     )
-    for name, text in settings.items():
-        default = defaults[name]
+    for name, (default, text) in settings.items():
         parser.add_argument(
             "--" + name.replace("_", "-"),
             type=type(default),
@@ -41,6 +41,18 @@ def options_of(
             help=f"{text} (default: {default})",
         )
     return parser.parse_args()
+
+
+def new_model(options: argparse.Namespace, vocab_size: int) -> ssmcore.Model:
+    """With the sizes, the seed, the device and the dtype of the command line."""
+    return ssmcore.create(
+        options.d_model,
+        options.layers,
+        vocab_size,
+        seed=options.seed,
+        device=options.device,
+        dtype=options.dtype,
+    )
 
 
 class Training:
