@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _core, ops
-from ._block_parameters import NAMES, PARAMETERS, by_name
+from ._block_parameters import NAMES, PARAMETERS, block_parameters, by_name
 from ._operands import cast, cast_weight, is_autocast, parameter_dtype
 from ._operators import differentiable, fake, operator, spread
 
@@ -25,29 +25,29 @@ _PRODUCTS = (
 
 
 def mamba_block_fn(
-    hidden_states: Tensor, parameters: list[Tensor | None], dt_B_C_norm_eps: float = 0.0
+    mixer: Any, hidden_states: Tensor, dt_B_C_norm_eps: float = 0.0
 ) -> Tensor | None:
     """The block on whole sequences from their start, with gradients.
 
     Args:
+        mixer: a module with the published parameters of a Mamba block.
         hidden_states: (B, L, d_model).
-        parameters: of the block, in the order of `NAMES`.
         dt_B_C_norm_eps: as for `ssmcore.ops.mamba_block`; 0: no norms.
 
     Returns:
         (B, L, d_model), like hidden_states or of autocast's type; None where the matrices are of
         another type than hidden_states, which torch's products decide about.
     """
-    x, named = hidden_states, dict(zip(NAMES, parameters, strict=True))
-    if is_autocast(x):
+    x, is_cast = hidden_states, is_autocast(hidden_states)
+    if is_cast:
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    named = dict(zip(NAMES, block_parameters(mixer, parameter_dtype(x)), strict=True))
+    if is_cast:
         named |= {name: cast(named[name], x.dtype) for name in _PRODUCTS}
     if any(p is not None and p.dtype != x.dtype for p in (named[name] for name in _PRODUCTS)):
         return None
     for name in ("conv1d.weight", "conv1d.bias"):
         named[name] = cast_weight(named[name], x)
-    for name in ("dt_proj.bias", "A_log", "D"):
-        named[name] = cast(named[name], parameter_dtype(x))
     inputs = (x.contiguous(), *named.values())
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     out: Tensor = _mamba_block_train(*inputs, dt_B_C_norm_eps, keep)[0]

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._block_parameters import block_parameters
 from ._operands import cast, parameter_dtype
 from .block_function import mamba_block_fn
 from .block_step import advance
@@ -124,8 +123,7 @@ class Mamba(nn.Module):
             )
             return self._advance(hidden_states, *states)
         if cu_seqlens is None:
-            parameters = block_parameters(self, parameter_dtype(hidden_states))
-            out = mamba_block_fn(hidden_states, parameters)
+            out = mamba_block_fn(self, hidden_states)
             if out is not None:
                 return out
         xz = F.linear(hidden_states, self.in_proj.weight, self.in_proj.bias).transpose(1, 2)
