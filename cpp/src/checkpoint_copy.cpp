@@ -57,7 +57,7 @@ Checkpoint host_copy(const Checkpoint& checkpoint, const Context& context) {
   Checkpoint copy = checkpoint;
   const auto place = [&](Scratch scratch) {
     for (auto& [name, tensor] : copy.tensors.tensors) {
-      tensor.data = scratch.bytes(static_cast<size_t>(tensor.numel()) * dtype_size(tensor.dtype));
+      tensor.data = scratch.bytes(tensor.nbytes());
       tensor.device = {};
     }
     return scratch.used();
@@ -66,8 +66,7 @@ Checkpoint host_copy(const Checkpoint& checkpoint, const Context& context) {
       std::make_shared<Buffer>(cpu_allocator(), place(Scratch::nowhere()), "a copy of the weights");
   place(Scratch(memory->data()));
   for (const auto& [name, tensor] : checkpoint.tensors.tensors)
-    copy_bytes(context, copy.tensors.tensors[name].data, tensor.data,
-               static_cast<size_t>(tensor.numel()) * dtype_size(tensor.dtype), nullptr);
+    copy_bytes(context, copy.tensors.tensors[name].data, tensor.data, tensor.nbytes(), nullptr);
   copy.tensors.owner = memory;
   return copy;
 }

@@ -246,8 +246,7 @@ void LanguageModel::TrainingStep::check_overlap() const {
   std::vector<Piece> pieces;
   const auto add = [&](const TensorView& tensor, const std::string& name, bool is_written) {
     const char* begin = tensor.as<const char>();
-    pieces.push_back({begin, begin + static_cast<size_t>(tensor.numel()) * dtype_size(tensor.dtype),
-                      name, is_written});
+    pieces.push_back({begin, begin + tensor.nbytes(), name, is_written});
   };
   for (const auto& [name, gradient] : args_.gradients)
     add(gradient.tensor, "the gradient of " + name, true);

@@ -46,7 +46,7 @@ void copy(const TensorView& source, const TensorView& target, const Exec& exec) 
                          source.shape_string() + ", target is " + dtype_name(target.dtype) + " " +
                          target.shape_string();
                 });
-  const size_t bytes = static_cast<size_t>(source.numel()) * dtype_size(source.dtype);
+  const size_t bytes = source.nbytes();
   if (bytes == 0) return;
   if (source.device == Device{} && target.device == Device{}) {
     std::memmove(target.data, source.data, bytes);

@@ -67,6 +67,10 @@ int64_t TensorView::numel() const {
   return n;
 }
 
+size_t TensorView::nbytes() const {
+  return static_cast<size_t>(numel()) * dtype_size(dtype);
+}
+
 bool TensorView::is_contiguous() const {
   int64_t stride = 1;
   for (int i = rank - 1; i >= 0; --i) {

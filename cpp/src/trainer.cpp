@@ -23,10 +23,6 @@ namespace {
 constexpr char kOp[] = "trainer";
 constexpr char kStep[] = "step";
 
-size_t bytes_of(const TensorView& tensor) {
-  return static_cast<size_t>(tensor.numel()) * dtype_size(tensor.dtype);
-}
-
 // Matrices and the convolution's weight do; A_log, D, biases and norms do not.
 bool does_decay(const std::string& name, const TensorView& weight) {
   const std::string exception = ".A_log";
@@ -250,7 +246,7 @@ void Trainer::save(const std::string& path) const {
   std::vector<NamedTensor> tensors;
   for_each_saved([&](const std::string& name, TensorView tensor) {
     if (tensor.device.type != DeviceType::cpu) {
-      copies.emplace_back(bytes_of(tensor));
+      copies.emplace_back(tensor.nbytes());
       copy_bytes(context, copies.back().data(), tensor.data, copies.back().size(), stream_);
       tensor.data = copies.back().data();
       tensor.device = {};
@@ -293,7 +289,7 @@ void Trainer::load(const std::string& path) {
 
   const Context& context = model_.context();
   for_each_saved([&](const std::string& name, const TensorView& tensor) {
-    copy_bytes(context, tensor.data, stored.tensors.at(name).data, bytes_of(tensor), stream_);
+    copy_bytes(context, tensor.data, stored.tensors.at(name).data, tensor.nbytes(), stream_);
   });
   context.synchronize(stream_);
   std::memcpy(&steps, step.data, sizeof(steps));

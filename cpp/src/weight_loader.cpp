@@ -68,10 +68,6 @@ float half_to_float(uint16_t half) {
   return value;
 }
 
-size_t bytes_of(const TensorView& tensor) {
-  return static_cast<size_t>(tensor.numel()) * dtype_size(tensor.dtype);
-}
-
 }  // namespace
 
 void to_float32(const char* from, DType dtype, int64_t count, float* to) {
@@ -112,7 +108,7 @@ WeightLoader::WeightLoader(const TensorMap& stored, const Context& context, DTyp
       buffers_(buffers),
       copies_(copies),
       progress_(progress) {
-  for (const auto& [name, tensor] : stored.tensors) total_bytes_ += bytes_of(tensor);
+  for (const auto& [name, tensor] : stored.tensors) total_bytes_ += tensor.nbytes();
 }
 
 TensorView WeightLoader::take(const std::string& field, int64_t layer,
@@ -142,7 +138,7 @@ TensorView WeightLoader::take(const std::string& field, int64_t layer,
 }
 
 TensorView WeightLoader::allocate(DType dtype, std::initializer_list<int64_t> shape) {
-  buffers_.emplace_back(context_.allocator(), bytes_of(TensorView(nullptr, dtype, shape)),
+  buffers_.emplace_back(context_.allocator(), TensorView(nullptr, dtype, shape).nbytes(),
                         "a model's weights");
   return buffers_.back().view(dtype, shape);
 }
@@ -156,14 +152,14 @@ TensorView WeightLoader::make(std::initializer_list<int64_t> shape, const Fill& 
   }
   std::vector<float> host(static_cast<size_t>(made.numel()));
   fill(host.data());
-  copy_bytes(context_, made.data, host.data(), bytes_of(made), nullptr);
+  copy_bytes(context_, made.data, host.data(), made.nbytes(), nullptr);
   return made;
 }
 
 void WeightLoader::count(const TensorView& stored) {
   // A checkpoint may be larger than the host's memory.
-  if (stored_.is_mapped && is_on_gpu()) MappedFile::forget(stored.data, bytes_of(stored));
-  done_bytes_ += bytes_of(stored);
+  if (stored_.is_mapped && is_on_gpu()) MappedFile::forget(stored.data, stored.nbytes());
+  done_bytes_ += stored.nbytes();
   if (progress_) progress_(done_bytes_, total_bytes_);
 }
 
@@ -180,7 +176,7 @@ TensorView WeightLoader::matrix(const std::string& field, int64_t layer, int64_t
   } else if (is_on_gpu() ||
              reinterpret_cast<uintptr_t>(stored.data) % dtype_size(stored.dtype) != 0) {
     matrix = allocate(stored.dtype, {rows, cols});
-    copy_bytes(context_, matrix.data, stored.data, bytes_of(stored), nullptr);
+    copy_bytes(context_, matrix.data, stored.data, stored.nbytes(), nullptr);
   }
   count(stored);
   return matrix;

@@ -12,10 +12,6 @@ namespace {
 
 using nlohmann::json;
 
-size_t bytes_of(const TensorView& tensor) {
-  return static_cast<size_t>(tensor.numel()) * dtype_size(tensor.dtype);
-}
-
 const char* name_of(DType dtype) {
   for (const auto& [name, known] : kSafetensorsTypes)
     if (known == dtype) return name;
@@ -39,7 +35,7 @@ void write_safetensors(const char* op, std::vector<NamedTensor> tensors, NewFile
                       (dtype ? " is not contiguous"
                              : std::string(" has dtype ") + dtype_name(tensor.dtype) +
                                    ", which safetensors does not store"));
-    const size_t end = offset + bytes_of(tensor);
+    const size_t end = offset + tensor.nbytes();
     header[name] = {
         {"dtype", dtype},
         {"shape", std::vector<int64_t>(tensor.shape, tensor.shape + tensor.rank)},
@@ -52,7 +48,7 @@ void write_safetensors(const char* op, std::vector<NamedTensor> tensors, NewFile
   std::string length;
   for (int i = 0; i < 8; ++i) length += static_cast<char>(uint64_t{text.size()} >> (8 * i));
   file.write(length + text);
-  for (const auto& [name, tensor] : tensors) file.write(tensor.data, bytes_of(tensor));
+  for (const auto& [name, tensor] : tensors) file.write(tensor.data, tensor.nbytes());
 }
 
 }  // namespace ssmcore

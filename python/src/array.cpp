@@ -107,7 +107,7 @@ Array empty(const std::vector<int64_t>& shape, const std::string& dtype,
             const std::string& device) {
   Array array;
   array.view = contiguous(shape, parse_dtype(dtype), parse_device(device));
-  const size_t bytes = static_cast<size_t>(array.view.numel()) * dtype_size(array.view.dtype);
+  const size_t bytes = array.view.nbytes();
   const py::gil_scoped_release release;
   array.storage = std::make_shared<Storage>(array.view.device, std::max<size_t>(bytes, 1));
   array.view.data = array.storage->data();
@@ -146,8 +146,7 @@ py::array as_numpy(const py::object& self) {
   target.device = {};
   target.data = result.mutable_data();
   const py::gil_scoped_release release;
-  copy(view, target, array.storage->exec());
-  array.storage->context().synchronize(array.storage->stream());
+  copy(view, target, array.storage->exec());  // which waits
   return result;
 }
 
@@ -247,11 +246,7 @@ void bind_arrays(py::module_& module) {
       .def_property_readonly("ndim", [](const Array& array) { return array.view.rank; })
       .def_property_readonly("size", [](const Array& array) { return array.view.numel(); })
       .def_property_readonly("dtype", [](const Array& array) { return to_numpy(array.view.dtype); })
-      .def_property_readonly("nbytes",
-                             [](const Array& array) {
-                               return array.view.numel() *
-                                      static_cast<int64_t>(dtype_size(array.view.dtype));
-                             })
+      .def_property_readonly("nbytes", [](const Array& array) { return array.view.nbytes(); })
       .def_property_readonly("device",
                              [](const Array& array) { return to_string(array.view.device); })
       .def("reshape", &reshape)

@@ -235,15 +235,10 @@ float loss_and_gradients(const LanguageModel& model, py::handle token_ids, py::h
     }
     throw;
   }
-  // Gradients of other libraries are whole when this returns.
+  // Gradients of other libraries are whole once this has waited.
   float value = 0;
   copy(args.loss, TensorView(&value, DType::float32, {1}), exec);
-  context.synchronize(stream);
   return value;
-}
-
-void save_model(const LanguageModel& model, const std::string& folder) {
-  model.save(folder);
 }
 
 const char* format_name(const ModelConfig& config) {
@@ -352,7 +347,8 @@ void bind_model(py::module_& module) {
           },
           py::arg("state"), py::arg("use_graphs") = true, py::keep_alive<0, 1>(),
           py::keep_alive<0, 2>())
-      .def("save", &save_model, py::arg("folder"), py::call_guard<py::gil_scoped_release>());
+      .def("save", &LanguageModel::save, py::arg("folder"),
+           py::call_guard<py::gil_scoped_release>());
 
   py::class_<Decoder>(module, "Decoder")
       .def_property_readonly("runs_ahead", &Decoder::runs_ahead)

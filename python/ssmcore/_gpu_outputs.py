@@ -14,7 +14,7 @@ from ._cublaslt import find_cublaslt
 from ._outputs import Library
 
 # DLPack's number, and CUDA's handle, for the default stream.
-_DEFAULT_STREAM = 1
+DEFAULT_STREAM = 1
 
 
 class GpuLibrary(Library, Protocol):
@@ -54,7 +54,7 @@ class _Torch(_OnGpu):
 
     def stream(self) -> int:
         handle: int = self._torch.cuda.current_stream(self.index).cuda_stream
-        return handle or _DEFAULT_STREAM
+        return handle or DEFAULT_STREAM
 
     def empty(self, shape: Sequence[int], dtype: str) -> Any:
         return self._torch.empty(
@@ -84,7 +84,7 @@ class _CuPy(_OnGpu):
     def stream(self) -> int:
         with self._cupy.cuda.Device(self.index):
             handle: int = self._cupy.cuda.get_current_stream().ptr
-        return handle or _DEFAULT_STREAM
+        return handle or DEFAULT_STREAM
 
     def empty(self, shape: Sequence[int], dtype: str) -> Any:
         with self._cupy.cuda.Device(self.index):

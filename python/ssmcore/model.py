@@ -17,9 +17,6 @@ from ssmcore.scoring import Score, sum_nats, windows_of
 from ssmcore.state import State
 from ssmcore.tokenizer import Tokenizer, as_int32, as_token_ids
 
-# CUDA's handle for the default stream.
-_DEFAULT_STREAM = 1
-
 
 class Model:
     """A loaded language model; `ssmcore.load` makes it.
@@ -176,8 +173,12 @@ class Model:
         On a GPU in the order of `stream`, the handle of the CUDA stream on which it was written;
         None: the default stream.
         """
-        on_gpu = self.device != "cpu"
-        self._language_model.refresh((stream or _DEFAULT_STREAM) if on_gpu else None)
+        if self.device == "cpu":
+            self._language_model.refresh()
+        else:
+            from ssmcore._gpu_outputs import DEFAULT_STREAM
+
+            self._language_model.refresh(stream or DEFAULT_STREAM)
 
     def loss_and_gradients(
         self,

@@ -47,6 +47,7 @@ struct TensorView {
   explicit operator bool() const { return rank > 0; }
 
   int64_t numel() const;
+  size_t nbytes() const;  // of its elements, wherever they lie
   bool is_contiguous() const;
   std::string shape_string() const;  // "(2, 16, 128)"
 
