@@ -10,10 +10,21 @@ up to 1,048,576 positions. The loss is that of the answer alone.
 
 from __future__ import annotations
 
-import time
+from typing import Any
 
 import numpy as np
-from task import FRESH, NOT_ASKED, Batch, Settings, Training, new_model, options_of, report
+from task import (
+    CHECKED,
+    MEASURED,
+    NOT_ASKED,
+    Batch,
+    Results,
+    Settings,
+    Training,
+    new_model,
+    options_of,
+    report,
+)
 
 import ssmcore
 
@@ -25,42 +36,41 @@ SETTINGS: Settings = {
     "batch": (8, "sequences in a step"),
     "steps": (
         204_800,
-        "at most; it stops when no answer of 2,048 fresh sequences is wrong, three times",
+        "at most; it stops when no answer of 2,048 fresh sequences is wrong, ten times in a row",
     ),
     "lr": (1e-3, "learning rate, the same throughout"),
     "longest": (2**20, "positions to test, from 64 on in powers of 2"),
     "seed": (0, "of weights and data"),
     "dtype": ("auto", "of activations"),
 }
-CHECK_EVERY = 2000  # steps
-SEQUENCES, LEAST, TOKENS = 512, 16, 2**24  # to test a length on: the first, but no more tokens
-AT_A_TIME = 2**18  # tokens
+CHECK_EVERY, CHECK_SEQUENCES, CHECKS = 2000, 2048, 10
+# A length is tested on so many tokens, but no more sequences nor fewer than
+TOKENS, MOST, LEAST = 2**25, 8192, 64
+AT_A_TIME = 2**22  # tokens
 
 
 def batch(seed: int, number: int, rows: int, length: int, vocab: int) -> Batch:
     """The trigger is the last kind of token. The target is that of the last position alone."""
     generator = np.random.default_rng([seed, number])
-    ids = generator.integers(0, vocab - 1, (rows, length))
+    ids = generator.integers(0, vocab - 1, (rows, length), dtype=np.min_scalar_type(vocab - 1))
     place = generator.integers(0, length - 2, (rows, 1))
     answer = np.take_along_axis(ids, place + 1, axis=1)
     np.put_along_axis(ids, place, vocab - 1, axis=1)
     ids[:, -1] = vocab - 1
-    targets = np.full_like(ids, NOT_ASKED)
+    targets = np.full(ids.shape, NOT_ASKED, np.int16)
     targets[:, -1:] = answer
     return ids, targets
 
 
-def accuracy(model: ssmcore.Model, seed: int, length: int, vocab: int, sequences: int) -> float:
-    """The part of fresh sequences whose answer is the model's likeliest token."""
-    rows = max(1, min(sequences, AT_A_TIME // length))
-    right = done = 0
-    while done < sequences:
-        count = min(rows, sequences - done)
-        ids, targets = batch(seed, FRESH * length + done, count, length, vocab)
-        chosen = model.forward(ids, logits="last")[0].argmax(-1)
-        right += int((chosen == targets[:, -1]).sum())
-        done += count
-    return right / sequences
+def accuracy(model: ssmcore.Model, data: Batch) -> float:
+    """The part of sequences whose answer is the model's likeliest token. Long ones are read in
+    pieces, from state to state."""
+    ids, targets = data
+    rows, length = ids.shape
+    state, piece = model.new_state(rows), max(1, AT_A_TIME // rows)
+    for begin in range(0, length, piece):
+        logits, state = model.forward(ids[:, begin : begin + piece], state, logits="last")
+    return float((logits.argmax(-1) == targets[:, -1]).mean())
 
 
 def main() -> None:
@@ -73,38 +83,40 @@ def main() -> None:
         settings,
         ssmcore.Trainer(model, lr=options.lr, weight_decay=0),
         resume=options.resume,
-        deadline=time.monotonic() + 60 * options.minutes,
+        deadline=options.deadline,
     )
-    in_a_row = 0
-
-    def is_perfect() -> bool:
-        nonlocal in_a_row
-        in_a_row = in_a_row + 1 if accuracy(model, seed, length, vocab, 2048) == 1 else 0
-        return in_a_row == 3
-
     is_done = training.run(
         lambda number: batch(seed, number, options.batch, length, vocab),
         options.steps,
-        check=is_perfect,
+        check=lambda step: accuracy(
+            model, batch(seed, CHECKED + step, CHECK_SEQUENCES, length, vocab)
+        ),
         every=CHECK_EVERY,
+        in_a_row=CHECKS,
     )
-    rows = []
-    tested = 64
-    while is_done and tested <= options.longest:
-        sequences = min(SEQUENCES, max(LEAST, TOKENS // tested))
+    results = Results(options.out / "accuracies.json", options.deadline)
+    lengths = [2**n for n in range(6, options.longest.bit_length())]
+    rows: list[dict[str, Any]] = []
+    for tested in lengths if is_done else ():
+        sequences = min(MOST, max(LEAST, TOKENS // tested))
+        found = results.find(
+            str(tested),
+            lambda tested=tested, sequences=sequences: accuracy(  # type: ignore[misc]
+                model, batch(seed, MEASURED + tested, sequences, tested, vocab)
+            ),
+        )
+        if found is None:
+            break
         rows.append(
             {
                 "length": tested,
-                "accuracy": accuracy(model, seed, tested, vocab, sequences),
-                "of sequences": sequences,
+                "accuracy": found,
+                "sequences": sequences,
                 "steps": training.trainer.steps_taken,
+                "seconds": round(training.seconds),
             }
         )
-        tested *= 2
-    if rows:
-        report(options.out, settings, rows)
-    if not is_done:
-        print(f"not done yet: go on with --resume --out {options.out}")
+    report(options.out, settings, rows, is_done=len(rows) == len(lengths))
 
 
 if __name__ == "__main__":
