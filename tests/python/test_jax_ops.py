@@ -86,10 +86,11 @@ def tolerance(array: np.ndarray) -> str:
     return "float32" if array.dtype == np.complex64 else str(array.dtype)
 
 
-def assert_agrees(actual: np.ndarray, expected: np.ndarray) -> None:
-    """Results of the same computation, done in another way or on another device."""
+def assert_agrees(actual: np.ndarray, expected: np.ndarray, through: str | None = None) -> None:
+    """Results of the same computation, done in another way or on another device, perhaps through
+    values of a narrower dtype."""
     if np.any(expected):
-        assert_close(actual, expected, tolerance(expected), rounded=True)
+        assert_close(actual, expected, through or tolerance(expected), rounded=True)
     else:
         assert_same_bits(np.abs(actual), np.abs(expected))
 
@@ -160,12 +161,12 @@ def test_block(case: BlockCase, states: bool, place: Any) -> None:
 
     results, ours = values_and_gradients(block, place({**inputs, **given}), place(douts))
     for actual, theirs in zip(results, (out, *last), strict=True):
-        assert_agrees(actual, theirs)
-    assert_agrees(ours["x"], gradients.dx)
+        assert_agrees(actual, theirs, case.dtype)
+    assert_agrees(ours["x"], gradients.dx, case.dtype)
     for name, gradient in gradients.dweights.items():
-        assert_agrees(ours["weights"][name], gradient)
+        assert_agrees(ours["weights"][name], gradient, case.dtype)
     for name in given:
-        assert_agrees(ours[name], getattr(gradients, f"d{name}"))
+        assert_agrees(ours[name], getattr(gradients, f"d{name}"), case.dtype)
 
 
 # --- Gradients, by themselves ---------------------------------------------------------------------
