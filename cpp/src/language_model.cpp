@@ -61,11 +61,14 @@ int32_t entry(const TensorView& list, int64_t i) {
 void upload(const TensorView& host, const TensorView& device, const Exec& exec) {
   const size_t size = dtype_size(host.dtype), row_bytes = size * static_cast<size_t>(host.shape[1]);
   std::vector<char> values(row_bytes * static_cast<size_t>(host.shape[0]));
+  const bool is_whole = host.strides[1] == 1;  // a row: else ids are copied one by one
+  const int64_t pieces = is_whole ? 1 : host.shape[1];
+  const size_t piece_bytes = is_whole ? row_bytes : size;
   char* to = values.data();
   for (int64_t b = 0; b < host.shape[0]; ++b)
-    for (int64_t i = 0; i < host.shape[1]; ++i, to += size)
+    for (int64_t i = 0; i < pieces; ++i, to += piece_bytes)
       std::memcpy(to, host.as<const char>() + (b * host.strides[0] + i * host.strides[1]) * size,
-                  size);
+                  piece_bytes);
   copy_bytes(exec.context, device.data, values.data(), values.size(), exec.stream);
 }
 

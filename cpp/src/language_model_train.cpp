@@ -60,26 +60,22 @@ std::vector<int32_t> flat_ends(const TensorView& cu_seqlens) {
 
 // The token ids or targets of a step, one after another in memory of its device.
 struct Integers {
-  std::vector<int64_t> host;  // empty where they are on a GPU already
-  TensorView device;          // (tokens)
+  std::vector<int64_t> gathered;  // where they lie apart
+  TensorView given, device;       // (tokens)
 
-  void place(const TensorView& given, Device on, Scratch& scratch) {
-    if (!is_on_host(given)) {
-      device = given.select(0, 0);
-      device.shape[0] = given.numel();
-      device.strides[0] = 1;  // contiguous, but a single column may have any stride
-      return;
+  void place(const TensorView& integers, Device on, Scratch& scratch) {
+    const int64_t size = integers.numel();
+    given = TensorView(integers.data, integers.dtype, {size}, integers.device);
+    if (!integers.is_contiguous()) {
+      gathered = flat_integers(integers);
+      given = TensorView(gathered.data(), DType::int64, {size});
     }
-    host = flat_integers(given);
-    const int64_t size = static_cast<int64_t>(host.size());
-    device = on == Device{} ? TensorView(host.data(), DType::int64, {size})
-                            : scratch.tensor(DType::int64, {size}, on);
+    device = given.device == on ? given : scratch.tensor(given.dtype, {size}, on);
   }
 
   void upload(const Exec& exec) const {
-    if (!host.empty() && device.data != host.data())
-      copy_bytes(exec.context, device.data, host.data(), sizeof(int64_t) * host.size(),
-                 exec.stream);
+    if (device.device != given.device)
+      copy_bytes(exec.context, device.data, given.data, given.nbytes(), exec.stream);
   }
 };
 
@@ -266,10 +262,11 @@ void LanguageModel::TrainingStep::check_overlap() const {
 
 int64_t LanguageModel::TrainingStep::num_targets(const Checks& check) const {
   const int64_t vocab_size = model_.config().vocab_size;
-  if (targets_.host.empty()) return args_.num_targets;
+  const TensorView& targets = targets_.given;
+  if (!is_on_host(targets)) return args_.num_targets;
   int64_t count = 0;
-  for (size_t i = 0; i < targets_.host.size(); ++i) {
-    const int64_t target = targets_.host[i];
+  for (int64_t i = 0; i < targets.shape[0]; ++i) {
+    const int64_t target = integer_at(targets.data, targets.dtype, i);
     if (target == kIgnoredTarget) continue;
     check.require(target >= 0 && target < vocab_size, [&] {
       return "targets holds " + std::to_string(target) + " at position " + std::to_string(i) +

@@ -187,15 +187,22 @@ float Trainer::loss_and_gradients(const TensorView& token_ids, const TensorView&
 }
 
 void Trainer::make_room(const LanguageModelTrainArgs& args) {
+  const int64_t* shape = args.token_ids.shape;
+  if (std::equal(room_for_, room_for_ + 2, shape)) return;
+  const size_t needed = model_.loss_and_gradients_workspace_size(args, model_.context());
+  room_for_[0] = 0;
+  if (needed > workspace_.bytes()) allocate_workspace(needed, args.token_ids);
+  std::copy(shape, shape + 2, room_for_);
+}
+
+void Trainer::allocate_workspace(size_t needed, const TensorView& token_ids) {
   const Context& context = model_.context();
-  const size_t needed = model_.loss_and_gradients_workspace_size(args, context);
-  if (needed <= workspace_.bytes()) return;
   workspace_ = {};
   const auto fail = [&] {
     throw Error(
         ErrorCode::out_of_memory,
-        std::string(kOp) + ": " + std::to_string(args.token_ids.shape[0]) + " rows of " +
-            std::to_string(args.token_ids.shape[1]) + " tokens need " + gibibytes(needed) +
+        std::string(kOp) + ": " + std::to_string(token_ids.shape[0]) + " rows of " +
+            std::to_string(token_ids.shape[1]) + " tokens need " + gibibytes(needed) +
             " for their activations, more than " + to_string(context.device()) +
             " has left; accumulate the gradients of fewer rows at a time (micro_batch)" +
             (options_.recompute_layers ? "" : ", or compute layers again (recompute_layers)"));

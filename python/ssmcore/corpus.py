@@ -49,16 +49,32 @@ class Corpus:
                 f"a window of {length} and the next"
             )
         self._length = length
+        self._epoch = -1, -1  # a seed and an epoch: where that is cut, and the order of its windows
+        self._cut, self._order = 0, np.empty(0, np.int64)
 
     def batch(self, rows: int, seed: int, step: int) -> np.ndarray:
-        """(rows, length + 1) token ids, which depend on `seed` and `step` alone: windows that begin
-        anywhere, each place as likely as any other."""
-        random = np.random.Philox(key=seed, counter=[0, step, 0, 0])
-        starts = random.random_raw(rows) % np.uint64(len(self.tokens) - self._length)
-        windows: np.ndarray = self.tokens[
-            starts.astype(np.int64)[:, None] + np.arange(self._length + 1)
-        ]
+        """(rows, length + 1) token ids, which depend on `seed` and `step` alone, counted from 1.
+
+        An epoch after the other the text, a circle, is cut into windows anywhere, and each of them
+        comes once, in random order: all tokens come equally often, as far as they can.
+        """
+        windows = np.empty((rows, self._length + 1), self.tokens.dtype)
+        steps = np.arange(self._length + 1)
+        for row in range(rows):
+            start = self._start(seed, (step - 1) * rows + row)
+            windows[row] = self.tokens.take(start + steps, mode="wrap")
         return windows
+
+    def _start(self, seed: int, number: int) -> int:
+        """Where the window of that number begins, of all that training sees."""
+        count = len(self.tokens) // self._length
+        epoch, place = divmod(number, count)
+        if self._epoch != (seed, epoch):
+            self._epoch = seed, epoch
+            random = np.random.Philox(key=seed, counter=[0, epoch, 0, 0])
+            self._cut = int(random.random_raw() % np.uint64(len(self.tokens)))
+            self._order = random.random_raw(count).argsort(kind="stable")
+        return self._cut + int(self._order[place]) * self._length
 
 
 def _pieces(text: str) -> Iterator[str]:

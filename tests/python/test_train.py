@@ -272,19 +272,38 @@ def test_batches_depend_on_seed_and_step_alone() -> None:
     batch = corpus.batch(6, 1, 7)
     assert batch.shape == (6, 11)
     assert np.array_equal(corpus.batch(6, 1, 7), batch)
-    assert np.array_equal(corpus.batch(3, 1, 7), batch[:3])
+    again = Corpus(["abcdefgh" * 50, "ijkl" * 20], ByteTokenizer(), 256, 10)
+    assert np.array_equal(again.batch(6, 1, 7), batch)
+    assert np.array_equal(corpus.batch(3, 1, 13), batch[:3])  # windows 37 to 39 of all
     for others in (corpus.batch(6, 2, 7), corpus.batch(6, 1, 8)):
         assert not np.array_equal(others, batch)
-    everything = corpus.tokens.tobytes()
+    everything = 2 * corpus.tokens.tobytes()
     for row in batch:
         assert row.tobytes() in everything
 
 
-def test_every_window_comes() -> None:
-    corpus = Corpus([bytes(range(65, 91)).decode()], ByteTokenizer(), 256, 20)
-    firsts = [int(row[0]) for step in range(40) for row in corpus.batch(8, 0, step)]
+def test_every_token_comes_once_an_epoch() -> None:
+    """Of 26, in windows of 4: six of them, of which two are left out, others in each epoch."""
+    text = bytes(range(65, 91))
+    corpus = Corpus([text.decode()], ByteTokenizer(), 256, 4)
+    cuts, orders, circle = set(), set(), 2 * text
+    for epoch in range(40):
+        windows = [corpus.batch(2, 0, 3 * epoch + step) for step in (1, 2, 3)]
+        rows = np.concatenate(windows)
+        assert len(np.unique(rows[:, :4])) == 24
+        for row in rows:
+            assert row.tobytes() in circle
+        cuts.add(min(int(first) % 4 for first in rows[:, 0]))
+        orders.add(tuple(np.argsort(rows[:, 0])))
+    assert cuts == {0, 1, 2, 3}
+    assert len(orders) > 30
+
+
+def test_text_of_hardly_a_window() -> None:
+    corpus = Corpus([bytes(range(65, 91)).decode()], ByteTokenizer(), 256, 25)
+    firsts = [int(row[0]) for step in range(1, 101) for row in corpus.batch(8, 0, step)]
     counts = np.bincount(firsts, minlength=91)[65:]
-    assert counts[6:].sum() == 0 and np.all(np.abs(counts[:6] - 320 / 6) < 30)
+    assert np.all(np.abs(counts - 800 / 26) < 25)
 
 
 def test_tokenizer_of_the_caller(tmp_path: Path, text: Path) -> None:

@@ -81,7 +81,8 @@ using NamedGradients = std::map<std::string, Gradient>;
 
 struct LanguageModelTrainArgs {
   // token_ids and targets are in memory of the host, where they are checked at once, or of the
-  // model's device, there contiguous; cu_seqlens is in that of the host.
+  // model's device, there contiguous; cu_seqlens is in that of the host. Of a step on a GPU, pinned
+  // memory of the host may change once the step is done, other memory once the call returns.
   TensorView token_ids;   // (batch, seqlen), int32 or int64: sequences from their start
   TensorView targets;     // (batch, seqlen), int32 or int64: the token that each position should
                           // predict, or kIgnoredTarget

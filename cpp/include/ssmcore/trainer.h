@@ -68,6 +68,7 @@ class Trainer {
   float loss_and_gradients(const TensorView& token_ids, const TensorView& targets);
   // A workspace for it.
   void make_room(const LanguageModelTrainArgs& args);
+  void allocate_workspace(size_t needed, const TensorView& token_ids);
   double sum_of_squares(const TensorView& x);
   std::string first_not_finite();
   // Calls visit(name in the file, tensor) for everything that save() stores of the parameters.
@@ -78,6 +79,7 @@ class Trainer {
   TrainerOptions options_;
   void* stream_;
   Buffer gradients_, state_, sum_, losses_, workspace_;
+  int64_t room_for_[2] = {};  // rows and tokens of the batch last found to fit in workspace_
   TensorView all_gradients_;  // one after another
   std::map<std::string, Parameter> parameters_;
   int64_t steps_taken_ = 0;
