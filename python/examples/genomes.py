@@ -29,7 +29,7 @@ SETTINGS: Settings = {
     "tokens": (2**17, "bases in a step"),
     "d_model": (128, "width of the models"),
     "layers": (6, "of the models"),
-    "steps": (1000, "of each model"),
+    "steps": (500, "of each model"),
     "lr": (5e-3, "learning rate at its peak"),
     "seed": (0, "of weights and data"),
     "dtype": ("auto", "of activations"),

@@ -4,8 +4,8 @@ repeated in order at the end. It takes a model that chooses what to remember.
     python python/examples/selective_copying.py --out copying --device cuda --dtype bf16
 
 In the paper's setting (4,096 positions, 16 tokens of 14 kinds, 2 layers of width 64, batch 64) the
-published model reaches 99.8 % of the tokens. Training stops at `--goal`; the result is that on
-sequences of which nothing depended.
+published model reaches 99.8 % of the tokens after 400,000 steps at a learning rate of 1e-4; here it
+is higher and falls, and training stops at `--goal`. The result is that on other sequences.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ SETTINGS: Settings = {
     "d_model": (64, "width of the model"),
     "layers": (2, "of the model"),
     "batch": (64, "sequences in a step"),
-    "steps": (400_000, "at most"),
-    "lr": (3e-3, "learning rate, after"),
-    "warmup": (500, "steps over which it rises"),
-    "goal": (0.998, "part of fresh sequences' tokens at which to stop"),
+    "steps": (20_000, "at most; it stops when twice in a row the goal is reached"),
+    "lr": (3e-3, "learning rate at its peak"),
+    "warmup": (500, "steps over which it rises; it then falls along a cosine, to a tenth"),
+    "goal": (0.998, "part of fresh sequences' tokens that are right"),
     "seed": (0, "of weights and data"),
     "dtype": ("auto", "of activations"),
 }
@@ -80,7 +80,13 @@ def main() -> None:
     training = Training(
         options.out,
         settings,
-        ssmcore.Trainer(model, lr=options.lr, warmup_steps=options.warmup, weight_decay=0),
+        ssmcore.Trainer(
+            model,
+            lr=options.lr,
+            warmup_steps=options.warmup,
+            total_steps=options.steps,
+            weight_decay=0,
+        ),
         resume=options.resume,
         deadline=options.deadline,
     )
@@ -95,6 +101,7 @@ def main() -> None:
         check=lambda step: accuracy_on(CHECKED + step * CHECK_BATCHES, CHECK_BATCHES),
         every=CHECK_EVERY,
         goal=options.goal,
+        in_a_row=2,
     )
     row = {
         "length": options.length,
