@@ -17,7 +17,7 @@ import reference
 from backends import require_cuda
 from cases import BLOCK_CASES, CONV_CASES, NARROW, BlockCase, ConvCase, ScanCase, rows
 from gradients import random_like
-from helpers import assert_close, assert_same_bits, refuses, relative_error
+from helpers import TOLERANCE_OF_ROUNDED, assert_close, assert_same_bits, refuses, relative_error
 
 from ssmcore import _core, ops
 
@@ -86,11 +86,12 @@ def tolerance(array: np.ndarray) -> str:
     return "float32" if array.dtype == np.complex64 else str(array.dtype)
 
 
-def assert_agrees(actual: np.ndarray, expected: np.ndarray, through: str | None = None) -> None:
+def assert_agrees(actual: np.ndarray, expected: np.ndarray, through: str = "float32") -> None:
     """Results of the same computation, done in another way or on another device, perhaps through
-    values of a narrower dtype."""
+    values of a narrower dtype than their own."""
     if np.any(expected):
-        assert_close(actual, expected, through or tolerance(expected), rounded=True)
+        widest = max(through, tolerance(expected), key=TOLERANCE_OF_ROUNDED.__getitem__)
+        assert_close(actual, expected, widest, rounded=True)
     else:
         assert_same_bits(np.abs(actual), np.abs(expected))
 
