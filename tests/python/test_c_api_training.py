@@ -185,6 +185,20 @@ def test_loss_and_gradients(
         assert_close(array, expected[name] + before, "float32", rounded=True)
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+@pytest.mark.parametrize("name", ["token_ids", "targets"])
+def test_integers_that_lie_apart(
+    model: ctypes.c_void_p, step: dict[str, np.ndarray], name: str, dtype: type
+) -> None:
+    losses = []
+    apart = np.full((60, 4), -5, dtype)
+    apart[:, ::2] = step[name].T
+    for array in (step[name].astype(dtype), apart[:, ::2].T):
+        losses.append(np.empty(1, np.float32))
+        c.call("model_loss_and_gradients", model, **{**step, name: array}, loss=losses[-1])
+    assert_same_bits(*losses)
+
+
 def test_packed(model: ctypes.c_void_p, step: dict[str, np.ndarray]) -> None:
     packed = {name: array.reshape(1, -1) for name, array in step.items()}
     cu_seqlens = np.array([0, 60, 60, 120], np.int32)

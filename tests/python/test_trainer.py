@@ -149,6 +149,18 @@ def test_resumed_is_uninterrupted(tmp_path: Path, text: np.ndarray, device: str)
     assert_same_weights(whole, second)
 
 
+def test_batches_of_changing_sizes(tmp_path: Path, text: np.ndarray, device: str) -> None:
+    """As in trainers that have seen no other."""
+    trainer = make(device=device)
+    for rows, length in ((2, 8), (4, 40), (2, 8), (8, 20), (4, 40), (1, 1)):
+        trainer.save(tmp_path / "state.safetensors")
+        new = make(seed=1, device=device)
+        new.load(tmp_path / "state.safetensors")
+        step = batch(text, trainer.steps_taken, rows, length)
+        assert trainer.step(*step) == new.step(*step)
+        assert_same_weights(trainer, new)
+
+
 def test_state_is_read_by_others(tmp_path: Path, text: np.ndarray, device: str) -> None:
     from safetensors.numpy import load_file
 
