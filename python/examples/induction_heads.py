@@ -7,9 +7,9 @@ In the paper's setting (256 positions, 16 kinds of tokens, 2 layers of width 64,
 steps at a learning rate of 1e-3 without weight decay) the published model is right on all sequences
 up to 1,048,576 positions. The loss is that of the answer alone.
 
-No answer is wrong soon; it is what follows that carries to long sequences. The gradients that are
-left then, of 1e-9 and less, still tell the model to forget less, and Adam follows them if its ε,
-1e-8 by default, is smaller than they are.
+Soon no answer is wrong at 256 positions. What carries to long sequences is learnt after that: the
+gradients that are left still tell the model to forget less, and Adam follows them if its ε, by
+default 1e-8, is small beside them.
 """
 
 from __future__ import annotations
