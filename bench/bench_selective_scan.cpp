@@ -93,7 +93,7 @@ void cases_bwd(benchmark::internal::Benchmark* benchmark) {
   benchmark->ArgNames({"layout", "threads", "chunk_size"});
   for (const int64_t layout : {kSeqlenContiguous, kDimContiguous})
     for (const int threads : thread_counts())
-      for (const int64_t chunk_size : {0, 64}) benchmark->Args({layout, threads, chunk_size});
+      for (const int64_t chunk_size : {0, 32}) benchmark->Args({layout, threads, chunk_size});
 }
 
 BENCHMARK(bench_selective_scan)->Apply(cases)->Unit(benchmark::kMillisecond)->UseRealTime();

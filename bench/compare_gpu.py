@@ -137,8 +137,8 @@ def scan_backward(layout: str, **sizes: Any) -> dict[str, Call]:
     """All gradients, from the states that the forward saves every 64 steps."""
     parameters = scan_inputs(layout, **sizes)
     dout = torch.empty_like(parameters["u"]).uniform_(-1, 1)
-    *_, states = ssmcore.ops.selective_scan(**parameters, chunk_size=64)
-    saved = {"dout": dout, "chunk_states": states, "chunk_size": 64}
+    *_, states = ssmcore.ops.selective_scan(**parameters, chunk_size=32)
+    saved = {"dout": dout, "chunk_states": states, "chunk_size": 32}
     calls = {"ssmcore": lambda: ssmcore.ops.selective_scan_bwd(**parameters, **saved)}
     if importlib.util.find_spec("mamba_ssm"):
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn

@@ -10,10 +10,10 @@ namespace ssmcore::cuda {
 
 // Adds to `sums`, in order of time or against it, exp(A ΣΔ) x K: of the states at the end, over
 // later steps, Δu B; of the gradients at the beginning, up to and with the step, dy C.
-template <bool kGradients, typename States>
-__device__ __forceinline__ void add_contributions(const States& states, const ScanBwdMemory& memory,
-                                                  int steps, float& deltas,
-                                                  float (&sums)[ScanBwdShape::kStates]) {
+template <bool kGradients, typename States, typename T>
+__device__ __forceinline__ void add_contributions(const States& states,
+                                                  const ScanBwdMemory<T>& memory, int steps,
+                                                  float& deltas, float (&sums)[States::kStates]) {
   const int fours = (steps + 3) / 4;
   const float* const x = kGradients ? memory.dy(states.row) : memory.delta_u(states.row);
 #pragma unroll 2
@@ -29,7 +29,7 @@ __device__ __forceinline__ void add_contributions(const States& states, const Sc
       if (!kGradients) deltas += dt.value[j];
     }
 #pragma unroll
-    for (int i = 0; i < ScanBwdShape::kStates; ++i) {
+    for (int i = 0; i < States::kStates; ++i) {
       const Four K = load_four(memory.coefficients(kGradients, states.first_n + i) + t);
 #pragma unroll
       for (int j = 0; j < 4; ++j)
@@ -42,37 +42,35 @@ __device__ __forceinline__ void add_contributions(const States& states, const Sc
 // before it, until the decay is complete. Otherwise: what each of `block_tiles` tiles adds to the
 // states after it.
 template <typename T, bool kAlongSteps, bool kGradients>
-__global__ void __launch_bounds__(ScanBwdShape::kThreads, 3)
+__global__ void __launch_bounds__(ScanBwdShape<T>::kThreads, 768 / ScanBwdShape<T>::kThreads)
     scan_bwd_contributions_kernel(const __grid_constant__ SelectiveScanBwdParams p,
                                   const __grid_constant__ ScanBwdPlan plan,
                                   const __grid_constant__ ScanBwdWorkspace workspace,
                                   int64_t block_tiles, int64_t row_blocks, bool moves_vectors,
                                   uint32_t* faults) {
-  using Shape = ScanBwdShape;
+  using Shape = ScanBwdShape<T>;
   extern __shared__ __align__(16) float shared[];
   const SelectiveScanFwdParams& fwd = p.fwd;
   const int64_t head_at = blockIdx.x / plan.blocks_d, row_at = head_at / fwd.nheads;
   const int64_t first_d = blockIdx.x % plan.blocks_d * Shape::kBlockD;
-  ScanBwdBlock block{p,
-                     ScanBwdMemory(shared),
-                     head_at % fwd.nheads,
-                     first_d,
-                     static_cast<int>(min(int64_t{Shape::kBlockD}, fwd.headdim - first_d)),
-                     row_at / row_blocks};
-  block.row = scan_row(fwd, block.row_index, faults);
+  const ScanBwdBlock<T> block{
+      p, ScanBwdMemory<T>(shared), head_at % fwd.nheads, first_d,
+      static_cast<int>(min(int64_t{Shape::kBlockD}, fwd.headdim - first_d))};
+  const int64_t row_index = row_at / row_blocks;
+  const ScanRow row = scan_row(fwd, row_index, faults);
   begin_block(block);
-  begin_row(block);
-  __syncthreads();
-  const ScanBwdStates<kAlongSteps> states(block);
-
-  const int64_t part = row_at % row_blocks + kGradients, length = block.row.end - block.row.begin;
+  const int64_t part = row_at % row_blocks + kGradients, length = row.end - row.begin;
   const int64_t first_tile = part * block_tiles;
   const int64_t end_tile = min(first_tile + block_tiles, pieces_of(length, plan.tile_l));
+  begin_row(block, plan, row, 0, first_tile, 1);
+  __syncthreads();
+  const ScanBwdStates<T, kAlongSteps> states(block);
+
   // Of the first tile, or of the part.
   const int64_t first_entry =
-      kGradients ? block.row_index * plan.parts + part
-                 : first_chunk_of_row(fwd, block.row_index) +
-                       (fwd.cu_seqlens.data ? 0 : block.row_index * plan.row_tiles) + first_tile;
+      kGradients ? row_index * plan.parts + part
+                 : first_chunk_of_row(fwd, row_index) +
+                       (fwd.cu_seqlens.data ? 0 : row_index * plan.row_tiles) + first_tile;
   float* const all_deltas = kGradients ? workspace.part_deltas : workspace.tile_deltas;
   float* const all_sums = kGradients ? workspace.part_gradients : workspace.tile_states;
   const auto store = [&](int64_t entry, float deltas, const float (&sums)[Shape::kStates]) {
@@ -86,13 +84,17 @@ __global__ void __launch_bounds__(ScanBwdShape::kThreads, 3)
 
   float deltas = 0, sums[Shape::kStates] = {};
   for (int64_t tile = first_tile; tile < end_tile; ++tile) {
-    const int64_t t = tile * plan.tile_l;
-    const int steps = static_cast<int>(min(plan.tile_l, length - t));
+    const int steps = static_cast<int>(min(plan.tile_l, length - tile * plan.tile_l));
     constexpr ScanBwdUse kUse = kGradients ? ScanBwdUse::gradients : ScanBwdUse::states;
-    const ScanBwdTile<T, kAlongSteps> staged{p, block.memory, block.channels, steps, t};
-    staged.template stage<kUse>(moves_vectors);
-    stage_coefficients<T, kAlongSteps, kUse>(block, t, steps);
+    const ScanBwdTile<T, kAlongSteps> staged{p, block.memory, block.channels, steps,
+                                             moves_vectors && steps == Shape::kTile};
+    ScanBwdCoefficients<T, kAlongSteps, kUse> coefficients;
+    coefficients.load(fwd, block.memory, steps);
+    ScanBwdBounds bounds;  // not needed
+    staged.template stage<kUse>(staged.template load<kUse>(), bounds);
+    coefficients.stage(block.memory, bounds);
     __syncthreads();
+    block.memory.advance(0);
     add_contributions<kGradients>(states, block.memory, steps, deltas, sums);
     float left = 0;  // of a gradient that comes from after this tile
     if (kGradients) {

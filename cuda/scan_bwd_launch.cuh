@@ -11,11 +11,12 @@ namespace ssmcore::cuda {
 inline constexpr const char* kScanBwd = "selective_scan_bwd";
 
 // Whether every piece of a whole tile may be moved as 16 bytes of a channel, or as pairs of
-// channels.
+// channels, and int counts the elements of a tile.
 template <typename T>
 bool moves_vectors(const SelectiveScanBwdParams& p, const ScanBwdPlan& plan, bool along_steps) {
   const SelectiveScanFwdParams& fwd = p.fwd;
   if (along_steps ? fwd.cu_seqlens || plan.tile_l % 8 != 0 : fwd.headdim % 2 != 0) return false;
+  constexpr int64_t kMostStride = int64_t{1} << 24;  // of 64 rows, an int
   const int64_t elements = along_steps ? kVectorSize<T> : 2;
   const int fast = along_steps ? 3 : 2;
   const int64_t sizes[] = {fwd.cu_seqlens ? 1 : fwd.rows, fwd.nheads, fwd.headdim, fwd.seqlen};
@@ -26,6 +27,8 @@ bool moves_vectors(const SelectiveScanBwdParams& p, const ScanBwdPlan& plan, boo
     for (int i = 0; i < 4; ++i)
       if (sizes[i] > 1 && (i == fast ? operand->stride[i] != 1 : operand->stride[i] % elements))
         return false;
+    const int64_t within_tile = operand->stride[along_steps ? 2 : 3];
+    if (within_tile < -kMostStride || within_tile > kMostStride) return false;
   }
   return true;
 }
@@ -42,7 +45,7 @@ void launch_contributions(const SelectiveScanBwdParams& p, const ScanBwdPlan& pl
   uint32_t* const faults = exec.context.cuda().faults();
   launch_kernel(kScanBwd, scan_bwd_contributions_kernel<T, kAlongSteps, kGradients>,
                 {blocks_for(p.fwd.rows * row_blocks * p.fwd.nheads * plan.blocks_d, 1),
-                 ScanBwdShape::kThreads, ScanBwdMemory::kBytesOfStates},
+                 ScanBwdShape<T>::kThreads, ScanBwdMemory<T>::kBytesOfStates},
                 exec, p, plan, workspace, block_tiles, row_blocks, vectors, faults);
   constexpr int64_t kCarryThreads = 128;
   const int64_t blocks = p.fwd.rows * ceil_div(plan.channels * p.fwd.dstate, kCarryThreads);
@@ -59,7 +62,7 @@ void launch_main_pass(const SelectiveScanBwdParams& p, const ScanBwdPlan& plan,
   if (plan.parts > 1) launch_contributions<T, kAlongSteps, true>(p, plan, workspace, vectors, exec);
   launch_kernel(kScanBwd, selective_scan_varying_bwd_kernel<T, kAlongSteps>,
                 {blocks_for(plan.slices * plan.parts * p.fwd.nheads * plan.blocks_d, 1),
-                 ScanBwdShape::kThreads, ScanBwdMemory::kBytes},
+                 ScanBwdShape<T>::kThreads, ScanBwdMemory<T>::kBytes},
                 exec, p, plan, workspace, vectors, exec.context.cuda().faults());
 }
 
@@ -94,7 +97,7 @@ void launch_varying_scan_bwd(const SelectiveScanBwdParams& params, const ScanBwd
   finish(1, p.dC, p.ngroups_C);
   if (p.dA || p.dD || p.ddelta_bias)
     launch_kernel(kScanBwd, scan_bwd_channels_kernel,
-                  {blocks_for(plan.channels * (ScanBwdShape::kDstate + 2), 256), 256}, exec, p,
+                  {blocks_for(plan.channels * (ScanBwdShape<T>::kDstate + 2), 256), 256}, exec, p,
                   plan, workspace.channels);
 }
 

@@ -7,10 +7,14 @@
 
 namespace ssmcore::cuda {
 
-inline constexpr int64_t kScanBwdBlockD = 64;  // channels of a block
-inline constexpr int64_t kScanBwdTile = 64;    // steps that a block has in shared memory, at most
+inline constexpr int64_t kScanBwdTile = 32;  // steps that a block has in shared memory, at most
 
-inline constexpr size_t kScanBwdSharedBytes = 107008;  // that a block takes
+// Channels of a block.
+constexpr int64_t scan_bwd_block_d(DType dtype) {
+  return dtype == DType::float32 ? 32 : 64;
+}
+
+inline constexpr size_t kScanBwdSharedBytes = 115216;  // that a block takes, at most
 
 // Where sums that blocks leave for others lie. Channels are all those of all heads.
 struct ScanBwdWorkspace {

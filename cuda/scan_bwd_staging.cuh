@@ -2,248 +2,255 @@
 // as floats in shared memory, and from what the recurrence left there to du, ddelta and dz.
 #pragma once
 
-#include "device/math.cuh"
 #include "device/scan_piece.cuh"
-#include "scan_bwd_shape.cuh"
+#include "scan_bwd_scales.cuh"
 
 namespace ssmcore::cuda {
 
 // Of what the sums over time need.
 enum class ScanBwdUse { all, states, gradients };
 
-// B and C of a tile, as floats.
-template <typename T, bool kAlongSteps, ScanBwdUse kUse>
-__device__ __forceinline__ void stage_coefficients(const ScanBwdBlock& block, int64_t t,
-                                                   int steps) {
-  using Shape = ScanBwdShape;
-  using Input = Cursor<const T, kAlongSteps>;
-  using Piece = typename Input::Piece;
-  constexpr int kOperands = kUse == ScanBwdUse::all ? 2 : 1;
-  using Cut = PieceCut<Piece, kOperands * Shape::kDstate, Shape::kTile, Shape::kThreads>;
-  static_assert(Cut::kOwn == 1);
-  const int thread = static_cast<int>(threadIdx.x);
-  if (thread >= Cut::kPieces) return;
-  const SelectiveScanFwdParams& p = block.p.fwd;
-  const int row = Cut::row(thread), step = Cut::step(thread), n = row % Shape::kDstate;
-  const int which = kUse == ScanBwdUse::gradients ? 1 : row / Shape::kDstate;
-  const Strided<4>& operand = which == 0 ? p.B : p.C;
-  const int64_t group = block.head / (p.nheads / p.ngroups);
-  const Input from{static_cast<const T*>(operand.data) + block.at(operand, group, n, t + step),
-                   operand.stride[2], operand.stride[3]};
-  const bool is_whole = p.dstate == Shape::kDstate && steps == Shape::kTile && from.is_aligned();
-  const Piece piece =
-      is_whole ? from.load()
-               : Input::load_some(from, 0, 0, static_cast<int>(p.dstate) - n, steps - step);
-#pragma unroll
-  for (int four = 0; four < 2; ++four)
-    store_four(block.memory.coefficients(which, n + Piece::row(four)) + step + Piece::step(four, 0),
-               {piece.get(four, 0), piece.get(four, 1), piece.get(four, 2), piece.get(four, 3)});
+// threadIdx.x, for the compiler another number every time: what follows from it is to be computed
+// again rather than to take a register.
+__device__ __forceinline__ int opaque_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
 }
 
-// A tile of a block's channels, of which a thread has two pieces. What must last from one tile to
-// the next is in shared memory: the recurrence needs the registers.
+// A thread's piece of B and C of a tile, as far as `kUse` needs them. Some threads have none.
+template <typename T, bool kAlongSteps, ScanBwdUse kUse>
+struct ScanBwdCoefficients {
+  using Shape = ScanBwdShape<T>;
+  using Input = Cursor<const T, kAlongSteps>;
+  using Piece = typename Input::Piece;
+  static constexpr int kOperands = kUse == ScanBwdUse::all ? 2 : 1;
+  using Cut = PieceCut<Piece, kOperands * Shape::kDstate, Shape::kTile, Shape::kThreads>;
+  static_assert(Cut::kOwn == 1);
+
+  Piece piece;
+
+  // What a thread has: state `n` of B (0) or C (1), from a step on.
+  struct Place {
+    bool exists;
+    int which, n, step;
+  };
+  __device__ __forceinline__ static Place place() {
+    const int thread = opaque_thread(), row = Cut::row(thread);
+    return {thread < Cut::kPieces, kUse == ScanBwdUse::gradients ? 1 : row / Shape::kDstate,
+            row % Shape::kDstate, Cut::step(thread)};
+  }
+
+  __device__ __forceinline__ void load(const SelectiveScanFwdParams& p,
+                                       const ScanBwdMemory<T>& memory, int steps) {
+    const auto [exists, which, n, step] = place();
+    if (!exists) return;
+    const bool is_B = which == 0;
+    const Strided<4>& operand = is_B ? p.B : p.C;
+    const char* const tile = memory.place(is_B ? ScanBwdOperand::B : ScanBwdOperand::C).at;
+    const Input from{
+        reinterpret_cast<const T*>(tile) + n * operand.stride[2] + step * operand.stride[3],
+        operand.stride[2], operand.stride[3]};
+    const bool is_whole = p.dstate == Shape::kDstate && steps == Shape::kTile && from.is_aligned();
+    piece = is_whole ? from.load()
+                     : Input::load_some(from, 0, 0, static_cast<int>(p.dstate) - n, steps - step);
+  }
+
+  // As floats.
+  __device__ __forceinline__ void stage(const ScanBwdMemory<T>& memory,
+                                        ScanBwdBounds& bounds) const {
+    const auto [exists, which, n, step] = place();
+    if (!exists) return;
+#pragma unroll
+    for (int four = 0; four < 2; ++four) {
+      const Four of = {piece.get(four, 0), piece.get(four, 1), piece.get(four, 2),
+                       piece.get(four, 3)};
+      store_four(memory.coefficients(which, n + Piece::row(four)) + step + Piece::step(four, 0),
+                 of);
+#pragma unroll
+      for (const float value : of.value) {
+        bounds.include(ScanBwdBound::B, which == 0 ? value : 0.0f);
+        bounds.include(ScanBwdBound::C, which == 1 ? value : 0.0f);
+      }
+    }
+  }
+};
+
+// A thread's piece of a tile of a block's channels.
 template <typename T, bool kAlongSteps>
 struct ScanBwdTile {
-  using Shape = ScanBwdShape;
+  using Shape = ScanBwdShape<T>;
   using Operand = ScanBwdOperand;
   using Piece = cuda::Piece<T, kAlongSteps>;
   using Cut = PieceCut<Piece, Shape::kBlockD, Shape::kTile, Shape::kThreads>;
-  static constexpr int kOwn = Cut::kOwn, kChannels = 2;
-  static_assert(kOwn == 2);
-  // From the first piece to the second.
-  static constexpr int kNextRow = kAlongSteps ? Shape::kBlockD / 2 : 0;
-  static constexpr int kNextStep = kAlongSteps ? 0 : Shape::kTile / 2;
+  static_assert(Cut::kOwn == 1);
+  static constexpr int kChannels = Piece::kRows;
+
+  struct Inputs {
+    Piece delta, u, z, dout;
+  };
 
   const SelectiveScanBwdParams& p;
-  const ScanBwdMemory memory;
+  const ScanBwdMemory<T> memory;
   const int channels;  // of the block
   const int steps;
-  const int64_t t;  // of the row
+  const bool moves_vectors;  // whether pieces are whole and aligned
 
-  // The first piece's channel and step.
-  __device__ static int d() { return Cut::row(threadIdx.x); }
-  __device__ static int step() { return Cut::step(threadIdx.x); }
-  // Which of the thread's two channels a four has: that of piece i, or one of those of both pieces.
-  __device__ static constexpr int own(int i, int four) { return kAlongSteps ? i : four; }
-  __device__ static int own_channel(int own) { return d() + (kAlongSteps ? own * kNextRow : own); }
-  // The row of a plane, and the step, of a four.
-  __device__ static int row(int i, int four) {
-    return kAlongSteps ? d() + i * kNextRow : d() / 2 + four * (Shape::kBlockD / 2);
-  }
-  __device__ static int step_of(int i, int four) {
-    return step() + i * kNextStep + Piece::step(four, 0);
-  }
+  const int thread = opaque_thread();
 
-  // Leaves Δ, Δu and dy, as far as `kUse` needs them. `moves_vectors`: whether the pieces of whole
-  // tiles are aligned.
+  // The piece's first channel and step.
+  __device__ int d() const { return Cut::row(thread); }
+  __device__ int step() const { return Cut::step(thread); }
+
   template <ScanBwdUse kUse>
-  __device__ __forceinline__ void stage(bool moves_vectors) const {
-    if (moves_vectors && steps == Shape::kTile)
-      stage_pieces<kUse, true>();
-    else
-      stage_some<kUse>(*this);
+  __device__ __forceinline__ Inputs load() const {
+    // The loads of one branch need not wait for one another.
+    return moves_vectors ? load_all<kUse, true>() : load_all<kUse, false>();
   }
-  // From what the recurrence left of the tile: du, ddelta and dz; adds to dD and ddelta_bias.
-  __device__ __forceinline__ void finish(bool moves_vectors) const {
-    if (moves_vectors && steps == Shape::kTile)
-      finish_pieces<true>();
-    else
-      finish_some(*this);
+
+  // Leaves Δ, Δu and dy, as far as `kUse` needs them.
+  template <ScanBwdUse kUse>
+  __device__ __forceinline__ void stage(const Inputs& inputs, ScanBwdBounds& bounds) const {
+    const SelectiveScanFwdParams& fwd = p.fwd;
+    float value[8];
+    for_each([&](int j) { value[j] = get(inputs.delta, j) + memory.bias(d() + channel(j)); });
+    if (fwd.delta_softplus) for_each([&](int j) { value[j] = softplus(value[j]); });
+    // What does not exist leaves the states as they are.
+    if (steps < Shape::kTile || channels < Shape::kBlockD)
+      for_each([&](int j) {
+        if (d() + channel(j) >= channels || step_of(j) >= steps) value[j] = 0;
+      });
+    store_plane(value, [&](int r) { return memory.delta(r); });
+    for_each([&](int j) { bounds.include(ScanBwdBound::delta, value[j]); });
+    if (kUse != ScanBwdUse::gradients) {
+      for_each([&](int j) { value[j] *= get(inputs.u, j); });
+      store_plane(value, [&](int r) { return memory.delta_u(r); });
+      for_each([&](int j) { bounds.include(ScanBwdBound::delta_u, value[j]); });
+    }
+    if (kUse != ScanBwdUse::states) {
+      for_each([&](int j) { value[j] = get(inputs.dout, j); });
+      if (fwd.z.data) for_each([&](int j) { value[j] *= silu(get(inputs.z, j)); });
+      store_plane(value, [&](int r) { return memory.dy(r); });
+      for_each([&](int j) { bounds.include(ScanBwdBound::dy, value[j]); });
+    }
+  }
+
+  // From y: dz, if there is z. Leaves the piece of dy in `dy`.
+  __device__ __forceinline__ void finish_gate(const Inputs& inputs, float (&dy)[8]) const {
+    for_each([&](int j) { dy[j] = get(inputs.dout, j); });
+    if (!p.fwd.z.data) return;
+    float dz[8];
+    load_plane(dz, [&](int r) { return memory.y(r); });
+    for_each([&](int j) {
+      const float y = dz[j] + memory.D(d() + channel(j)) * get(inputs.u, j);
+      const float z = get(inputs.z, j), opening = sigmoid(z), opened = dy[j] * opening;
+      dy[j] = opened * z;
+      dz[j] = y * (opened + dy[j] * (1.0f - opening));
+    });
+    store(Operand::dz, p.dz, vectors_at(Operand::dz, p.dz), dz);
+  }
+
+  // From the gradients of Δu, and of Δ by way of the decay: du and ddelta. Adds to the sums over
+  // time, of each of the piece's channels: dD, and then ddelta_bias.
+  __device__ __forceinline__ void finish(const Piece& u, float (&dy)[8]) const {
+    T* const du_at = vectors_at(Operand::du, p.du);
+    T* const ddelta_at = vectors_at(Operand::ddelta, p.ddelta);
+    float dx[8], delta[8], ddelta[8], du[8];
+    load_plane(dx, [&](int r) { return memory.dx(r); });
+    load_plane(delta, [&](int r) { return memory.delta(r); });
+    load_plane(ddelta, [&](int r) { return memory.by_decay(r); });
+    Four sums = load_four(memory.thread_sums());
+    for_each([&](int j) {
+      du[j] = delta[j] * dx[j] + memory.D(d() + channel(j)) * dy[j];
+      ddelta[j] = get(u, j) * dx[j] + kLn2 * ddelta[j];
+    });
+    // The derivative of softplus, by its result.
+    if (p.fwd.delta_softplus) for_each([&](int j) { ddelta[j] *= one_minus_exp(delta[j]); });
+    for_each([&](int j) {
+      // Beyond the last step nothing was left in shared memory.
+      if (step_of(j) >= steps) return;
+      sums.value[channel(j)] += dy[j] * get(u, j);
+      sums.value[2 + channel(j)] += ddelta[j];
+    });
+    store_four(memory.thread_sums(), sums);
+    store(Operand::du, p.du, du_at, du);
+    store(Operand::ddelta, p.ddelta, ddelta_at, ddelta);
   }
 
   // The threads that have pieces of channel `channel`, and which of theirs it is.
   template <typename Function>
   __device__ __forceinline__ static void for_each_thread_of(int channel, const Function& function) {
-    constexpr int kAlong = kAlongSteps ? Cut::kAlong : Cut::kAlong / kOwn;
 #pragma unroll
-    for (int i = 0; i < kAlong; ++i)
+    for (int i = 0; i < Cut::kAlong; ++i)
       if constexpr (kAlongSteps)
-        function(channel % kNextRow / 8 * (8 * kAlong) + i * 8 + channel % 8, channel / kNextRow);
+        function(channel / 8 * (8 * Cut::kAlong) + i * 8 + channel % 8, 0);
       else
         function(i * Cut::kAcross + channel / 2, channel % 2);
   }
 
  private:
-  template <ScanBwdUse kUse>
-  __device__ __noinline__ static void stage_some(ScanBwdTile tile) {
-    tile.template stage_pieces<kUse, false>();
-  }
-  __device__ __noinline__ static void finish_some(ScanBwdTile tile) {
-    tile.template finish_pieces<false>();
+  // Of element j, four of which are neighbours in time: the channel, from the first one, and the
+  // step.
+  __device__ static constexpr int channel(int j) { return Piece::row(j / 4); }
+  __device__ int step_of(int j) const { return step() + Piece::step(j / 4, j % 4); }
+  __device__ __forceinline__ static float get(const Piece& piece, int j) {
+    return piece.get(j / 4, j % 4);
   }
 
-  // At piece i.
+  // Where the piece begins, if it is moved as vectors: these have neighbours in the faster
+  // dimension, and no long strides.
+  template <typename Operands>
+  __device__ __forceinline__ T* vectors_at(Operand operand, const Operands& strides) const {
+    const int offset = kAlongSteps ? d() * static_cast<int>(strides.stride[2]) + step()
+                                   : step() * static_cast<int>(strides.stride[3]) + d();
+    return reinterpret_cast<T*>(memory.place(operand).at) + offset;
+  }
   template <typename Pointer>
   __device__ __forceinline__ Cursor<Pointer, kAlongSteps> cursor(Operand operand,
-                                                                 const Strided<4>& strides,
-                                                                 int i) const {
-    Pointer* const row = static_cast<Pointer*>(strides.data) + memory.row_at(operand);
-    return {row + (d() + i * kNextRow) * strides.stride[2] +
-                (t + step() + i * kNextStep) * strides.stride[3],
-            strides.stride[2], strides.stride[3]};
+                                                                 const Strided<4>& strides) const {
+    const int64_t stride_d = strides.stride[2], stride_t = strides.stride[3];
+    Pointer* const tile = reinterpret_cast<Pointer*>(memory.place(operand).at);
+    return {tile + d() * stride_d + step() * stride_t, stride_d, stride_t};
   }
-  __device__ __forceinline__ int rows_left(int i) const { return channels - d() - i * kNextRow; }
-  __device__ __forceinline__ int steps_left(int i) const { return steps - step() - i * kNextStep; }
 
-  // Those of whole tiles are moved as vectors.
-  template <bool kWhole>
-  __device__ __forceinline__ Piece load(Operand operand, const Strided<4>& strides, int i) const {
+  template <bool kVectors>
+  __device__ __forceinline__ Piece load(Operand operand, const Strided<4>& strides) const {
     using Input = Cursor<const T, kAlongSteps>;
-    const Input from = cursor<const T>(operand, strides, i);
-    if constexpr (kWhole)
-      return rows_left(i) > 0 ? from.load() : Piece{};
+    if constexpr (kVectors)
+      return Input{vectors_at(operand, strides), strides.stride[2], strides.stride[3]}.load();
     else
-      return Input::load_some(from, 0, 0, rows_left(i), steps_left(i));
+      return Input::load_some(cursor<const T>(operand, strides), 0, 0, channels - d(),
+                              steps - step());
   }
-  template <bool kWhole>
-  __device__ __forceinline__ void store(Operand operand, const StridedGradient<4>& gradient, int i,
-                                        float (&value)[8]) const {
+  template <ScanBwdUse kUse, bool kVectors>
+  __device__ __forceinline__ Inputs load_all() const {
+    Inputs inputs{};
+    if (kVectors && d() >= channels) return inputs;
+    inputs.delta = load<kVectors>(Operand::delta, p.fwd.delta);
+    if (kUse != ScanBwdUse::gradients) inputs.u = load<kVectors>(Operand::u, p.fwd.u);
+    if (kUse == ScanBwdUse::states) return inputs;
+    inputs.dout = load<kVectors>(Operand::dout, p.dout);
+    if (p.fwd.z.data) inputs.z = load<kVectors>(Operand::z, p.fwd.z);
+    return inputs;
+  }
+
+  // `vectors` is where vectors begin.
+  __device__ __forceinline__ void store(Operand operand, const StridedGradient<4>& gradient,
+                                        T* vectors, const float (&value)[8]) const {
     using Output = Cursor<T, kAlongSteps>;
     if (!gradient.data) return;
-    if (gradient.accumulate) {
-      const Piece before = load<kWhole>(operand, gradient, i);
-      for_each([&](int j) { value[j] += before.get(j / 4, j % 4); });
-    }
     float in_order[8];
     for_each([&](int j) { in_order[Piece::index(j / 4, j % 4)] = value[j]; });
+    if (gradient.accumulate) {
+      const Piece before = load<false>(operand, gradient);
+      for_each([&](int j) { in_order[Piece::index(j / 4, j % 4)] += get(before, j); });
+    }
     Piece piece;
     piece.set(in_order);
-    const Output to = cursor<T>(operand, gradient, i);
-    if constexpr (kWhole) {
-      if (rows_left(i) > 0) to.store(0, 0, piece);
-    } else {
-      Output::store_some(to, 0, 0, rows_left(i), steps_left(i), piece);
-    }
-  }
-
-  template <ScanBwdUse kUse, bool kWhole>
-  __device__ __forceinline__ void stage_pieces() const {
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) stage_piece<kUse, kWhole>(i);
-  }
-  template <ScanBwdUse kUse, bool kWhole>
-  __device__ __forceinline__ void stage_piece(int i) const {
-    constexpr bool kInputs = kUse != ScanBwdUse::gradients, kOutputs = kUse != ScanBwdUse::states;
-    const SelectiveScanFwdParams& fwd = p.fwd;
-    const Piece delta = load<kWhole>(Operand::delta, fwd.delta, i);
-    Piece u, z, dout;
-    if (kInputs) u = load<kWhole>(Operand::u, fwd.u, i);
-    if (kOutputs && fwd.z.data) z = load<kWhole>(Operand::z, fwd.z, i);
-    if (kOutputs) dout = load<kWhole>(Operand::dout, p.dout, i);
-    float value[8];
-    for_each([&](int j) {
-      value[j] = delta.get(j / 4, j % 4) + memory.bias(own_channel(own(i, j / 4)));
-    });
-    if (fwd.delta_softplus) for_each([&](int j) { value[j] = softplus(value[j]); });
-    // What does not exist leaves the states as they are.
-    for_each([&](int j) {
-      if (own_channel(own(i, j / 4)) >= channels || (!kWhole && step_of(i, j / 4) + j % 4 >= steps))
-        value[j] = 0;
-    });
-    store_plane(value, i, [&](int r) { return memory.delta(r); });
-    if (kInputs) {
-      for_each([&](int j) { value[j] *= u.get(j / 4, j % 4); });
-      store_plane(value, i, [&](int r) { return memory.delta_u(r); });
-    }
-    if (kOutputs) {
-      for_each([&](int j) { value[j] = dout.get(j / 4, j % 4); });
-      if (fwd.z.data) for_each([&](int j) { value[j] *= silu(z.get(j / 4, j % 4)); });
-      store_plane(value, i, [&](int r) { return memory.dy(r); });
-    }
-  }
-
-  template <bool kWhole>
-  __device__ __forceinline__ void finish_pieces() const {
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) finish_piece<kWhole>(i);
-  }
-  template <bool kWhole>
-  __device__ __forceinline__ void finish_piece(int i) const {
-    const SelectiveScanFwdParams& fwd = p.fwd;
-    const Piece dout = load<kWhole>(Operand::dout, p.dout, i);
-    Piece z, delta;
-    if (fwd.z.data) z = load<kWhole>(Operand::z, fwd.z, i);
-    const Piece u = load<kWhole>(Operand::u, fwd.u, i);
-    if (fwd.delta_softplus) delta = load<kWhole>(Operand::delta, fwd.delta, i);
-    const auto D = [&](int j) { return memory.D(own_channel(own(i, j / 4))); };
-
-    float dy[8], dx[8], value[8];
-    for_each([&](int j) { dy[j] = dout.get(j / 4, j % 4); });
-    if (fwd.z.data) {
-      load_plane(value, i, [&](int r, int at) { return memory.y(r, at / 4); });
-      for_each([&](int j) {
-        const float y = value[j] + D(j) * u.get(j / 4, j % 4);
-        const float gate = z.get(j / 4, j % 4), opening = sigmoid(gate);
-        const float opened = dy[j] * opening;
-        dy[j] = opened * gate;
-        value[j] = y * (opened + dy[j] * (1.0f - opening));
-      });
-      store<kWhole>(Operand::dz, p.dz, i, value);
-    }
-    load_plane(dx, i, [&](int r, int at) { return memory.dx(r, at / 4); });
-    load_plane(value, i, [&](int r, int at) { return memory.delta(r) + at; });
-    for_each([&](int j) { value[j] = value[j] * dx[j] + D(j) * dy[j]; });
-    store<kWhole>(Operand::du, p.du, i, value);
-    load_plane(value, i, [&](int r, int at) { return memory.delta_u(r) + at; });
-    for_each([&](int j) {
-      value[j] = u.get(j / 4, j % 4) * dx[j] + kLn2 * value[j];
-      dy[j] *= u.get(j / 4, j % 4);
-    });
-    if (fwd.delta_softplus)
-      for_each([&](int j) {
-        const float raw = delta.get(j / 4, j % 4) + memory.bias(own_channel(own(i, j / 4)));
-        value[j] *= raw > 20.0f ? 1.0f : sigmoid(raw);
-      });
-    float* const sums = memory.thread_sums();
-    Four sum = load_four(sums);  // dD of both channels, and ddelta_bias
-    for_each([&](int j) {
-      // Beyond the last step nothing was left in shared memory.
-      if (!kWhole && step_of(i, j / 4) + j % 4 >= steps) return;
-      sum.value[own(i, j / 4)] += dy[j];
-      sum.value[kChannels + own(i, j / 4)] += value[j];
-    });
-    store_four(sums, sum);
-    store<kWhole>(Operand::ddelta, p.ddelta, i, value);
+    if (!moves_vectors)
+      Output::store_some(cursor<T>(operand, gradient), 0, 0, channels - d(), steps - step(), piece);
+    else if (d() < channels)
+      Output{vectors, gradient.stride[2], gradient.stride[3]}.store(0, 0, piece);
   }
 
   template <typename Function>
@@ -251,20 +258,25 @@ struct ScanBwdTile {
 #pragma unroll
     for (int j = 0; j < 8; ++j) function(j);
   }
+  // Where the piece's four of a plane is, whose rows `row_of` gives.
   template <typename Row>
-  __device__ __forceinline__ static void store_plane(const float (&value)[8], int i,
-                                                     const Row& row_of) {
+  __device__ __forceinline__ float* at(const Row& row_of, int four) const {
+    const int row = kAlongSteps ? d() : d() / 2 + four * (Shape::kBlockD / 2);
+    return row_of(row) + step_of(4 * four);
+  }
+  template <typename Row>
+  __device__ __forceinline__ void store_plane(const float (&value)[8], const Row& row_of) const {
 #pragma unroll
     for (int four = 0; four < 2; ++four) {
-      const float* of = value + 4 * four;
-      store_four(row_of(row(i, four)) + step_of(i, four), {of[0], of[1], of[2], of[3]});
+      const float* const of = value + 4 * four;
+      store_four(at(row_of, four), {of[0], of[1], of[2], of[3]});
     }
   }
-  template <typename At>
-  __device__ __forceinline__ static void load_plane(float (&value)[8], int i, const At& at) {
+  template <typename Row>
+  __device__ __forceinline__ void load_plane(float (&value)[8], const Row& row_of) const {
 #pragma unroll
     for (int four = 0; four < 2; ++four) {
-      const Four of = load_four(at(row(i, four), step_of(i, four)));
+      const Four of = load_four(at(row_of, four));
 #pragma unroll
       for (int j = 0; j < 4; ++j) value[4 * four + j] = of.value[j];
     }
@@ -272,47 +284,93 @@ struct ScanBwdTile {
 };
 
 // What a block has for all tiles.
-__device__ inline void begin_block(const ScanBwdBlock& block) {
-  const ScanBwdMemory& memory = block.memory;
+template <typename T>
+__device__ __forceinline__ void begin_block(const ScanBwdBlock<T>& block) {
   const SelectiveScanFwdParams& p = block.p.fwd;
-  store_four(memory.thread_sums(), {});
+  store_four(block.memory.thread_sums(), {});
   const int d = static_cast<int>(threadIdx.x);
-  if (d >= ScanBwdShape::kBlockD) return;
+  if (d >= ScanBwdShape<T>::kBlockD) return;
   const auto load = [&](const Strided<2>& of) {
     return of.data && d < block.channels ? float_at(of, block.head, block.first_d + d) : 0.0f;
   };
-  memory.bias(d) = load(p.delta_bias);
-  memory.D(d) = load(p.D);
+  block.memory.bias(d) = load(p.delta_bias);
+  block.memory.D(d) = load(p.D);
 }
 
-// And for all of those of its row. Between barriers.
-__device__ inline void begin_row(const ScanBwdBlock& block) {
+// And for the tiles of a row: `first_state` is that of chunk_states before the row's first tile.
+// Inputs begin at tile `tile`, and outputs `direction` (1 or -1), which is the way, before. Between
+// barriers.
+template <typename T>
+__device__ __forceinline__ void begin_row(const ScanBwdBlock<T>& block, const ScanBwdPlan& plan,
+                                          const ScanRow& row, int64_t first_state, int64_t tile,
+                                          int direction) {
   if (threadIdx.x != 0) return;
-  const SelectiveScanBwdParams& p = block.p;
-  const auto begin = [&](ScanBwdOperand operand, const Strided<4>& strides) {
-    block.memory.row_at(operand) = block.at(strides, block.head, block.first_d, 0);
+  const SelectiveScanFwdParams& fwd = block.p.fwd;
+  const auto begin = [&](ScanBwdOperand operand, const void* data, size_t size, int64_t at,
+                         int64_t step, int64_t tile) {
+    const int64_t bytes = static_cast<int64_t>(size);
+    char* const first = const_cast<char*>(static_cast<const char*>(data)) + at * bytes;
+    block.memory.place(operand) = {first + tile * step * bytes, direction * step * bytes};
   };
-  begin(ScanBwdOperand::u, p.fwd.u);
-  begin(ScanBwdOperand::delta, p.fwd.delta);
-  begin(ScanBwdOperand::z, p.fwd.z);
-  begin(ScanBwdOperand::dout, p.dout);
-  begin(ScanBwdOperand::du, p.du);
-  begin(ScanBwdOperand::ddelta, p.ddelta);
-  begin(ScanBwdOperand::dz, p.dz);
+  const auto begin_steps = [&](ScanBwdOperand operand, const Strided<4>& of, int64_t head_or_group,
+                               int64_t r, int64_t tile) {
+    begin(operand, of.data, sizeof(T),
+          row.batch * of.stride[0] + head_or_group * of.stride[1] + r * of.stride[2] +
+              row.begin * of.stride[3],
+          plan.tile_l * of.stride[3], tile);
+  };
+  const auto begin_input = [&](ScanBwdOperand operand, const Strided<4>& of) {
+    begin_steps(operand, of, block.head, block.first_d, tile);
+  };
+  const auto begin_output = [&](ScanBwdOperand operand, const Strided<4>& of) {
+    begin_steps(operand, of, block.head, block.first_d, tile - direction);
+  };
+  begin_input(ScanBwdOperand::u, fwd.u);
+  begin_input(ScanBwdOperand::delta, fwd.delta);
+  begin_input(ScanBwdOperand::z, fwd.z);
+  begin_input(ScanBwdOperand::dout, block.p.dout);
+  begin_output(ScanBwdOperand::du, block.p.du);
+  begin_output(ScanBwdOperand::ddelta, block.p.ddelta);
+  begin_output(ScanBwdOperand::dz, block.p.dz);
+  const int64_t group = block.head / (fwd.nheads / fwd.ngroups);
+  begin_steps(ScanBwdOperand::B, fwd.B, group, 0, tile);
+  begin_steps(ScanBwdOperand::C, fwd.C, group, 0, tile);
+  const int64_t* const stride = fwd.chunk_states.stride;
+  begin(ScanBwdOperand::states, fwd.chunk_states.data, sizeof(float),
+        row.batch * stride[0] + first_state * stride[1] + block.head * stride[2] +
+            block.first_d * stride[3],
+        plan.chunks_per_tile * stride[1], tile);
 }
 
-// Leaves the block's dD and ddelta_bias in `sums`, kDstate + 2 a channel.
-template <typename Tile>
-__device__ __forceinline__ void store_thread_sums(const ScanBwdBlock& block, float* sums) {
-  using Shape = ScanBwdShape;
+// The same for what the block adds to dB and dC.
+template <typename T>
+__device__ __forceinline__ void begin_products(const ScanBwdBlock<T>& block,
+                                               const ScanBwdPlan& plan, const ScanRow& row,
+                                               float* products, int64_t tile, int direction) {
+  constexpr int64_t kOfStep = 2 * ScanBwdShape<T>::kDstate;
+  if (threadIdx.x != 0) return;
+  const SelectiveScanFwdParams& fwd = block.p.fwd;
+  const int64_t batch = fwd.cu_seqlens.data ? 1 : fwd.rows;
+  const int64_t blocks = block.head * plan.blocks_d + block.first_d / ScanBwdShape<T>::kBlockD;
+  const int64_t t = row.begin + (tile - direction) * plan.tile_l;
+  float* const first = products + ((blocks * batch + row.batch) * fwd.seqlen + t) * kOfStep;
+  block.memory.place(ScanBwdOperand::products) = {
+      reinterpret_cast<char*>(first),
+      direction * plan.tile_l * kOfStep * static_cast<int64_t>(sizeof(float))};
+}
+
+// Leaves the block's dD and ddelta_bias, by the sums of each thread, in `to`, kDstate + 2 a
+// channel.
+template <typename T, bool kAlongSteps>
+__device__ __forceinline__ void store_sums(const ScanBwdBlock<T>& block, float* to) {
+  using Shape = ScanBwdShape<T>;
   const int thread = static_cast<int>(threadIdx.x);
   if (thread >= 2 * Shape::kBlockD || thread % Shape::kBlockD >= block.channels) return;
   const int d = thread % Shape::kBlockD, which = thread / Shape::kBlockD;
   float sum = 0;
-  Tile::for_each_thread_of(d, [&](int of, int own) {
-    sum += block.memory.thread_sums(of)[which * Tile::kChannels + own];
-  });
-  sums[block.channel(d) * (Shape::kDstate + 2) + Shape::kDstate + which] = sum;
+  ScanBwdTile<T, kAlongSteps>::for_each_thread_of(
+      d, [&](int of, int own) { sum += block.memory.thread_sums(of)[2 * which + own]; });
+  to[block.channel(d) * (Shape::kDstate + 2) + Shape::kDstate + which] = sum;
 }
 
 }  // namespace ssmcore::cuda

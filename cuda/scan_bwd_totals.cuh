@@ -11,7 +11,7 @@ __global__ void __launch_bounds__(256)
     scan_bwd_coefficients_kernel(const __grid_constant__ SelectiveScanBwdParams p,
                                  const __grid_constant__ ScanBwdPlan plan, const float* products,
                                  int which) {
-  constexpr int kDstate = ScanBwdShape::kDstate, kSteps = 16;
+  constexpr int kDstate = ScanBwdShape<T>::kDstate, kSteps = 16;
   __shared__ float tile[kSteps][kDstate + 1];
   const SelectiveScanFwdParams& fwd = p.fwd;
   const StridedGradient<4>& gradient = which == 0 ? p.dB : p.dC;
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(256)
 static __global__ void __launch_bounds__(256)
     scan_bwd_channels_kernel(const __grid_constant__ SelectiveScanBwdParams p,
                              const __grid_constant__ ScanBwdPlan plan, const float* sums) {
-  constexpr int kDstate = ScanBwdShape::kDstate, kOfChannel = kDstate + 2;
+  constexpr int kDstate = ScanBwdShape<float>::kDstate, kOfChannel = kDstate + 2;
   const SelectiveScanFwdParams& fwd = p.fwd;
   const int64_t count = plan.channels * kOfChannel, slices = plan.slices * plan.parts;
   for (int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; at < count;

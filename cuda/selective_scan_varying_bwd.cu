@@ -43,7 +43,7 @@ ScanBwdPlan plan_of(const SelectiveScanBwdParams& params, const Context& context
   const SelectiveScanFwdParams& p = params.fwd;
   ScanBwdPlan plan{};
   plan.channels = p.nheads * p.headdim;
-  plan.blocks_d = ceil_div(p.headdim, kScanBwdBlockD);
+  plan.blocks_d = ceil_div(p.headdim, scan_bwd_block_d(p.dtype));
   plan.finds_states = !p.chunk_states || p.chunk_size > kScanBwdTile;
   plan.chunks_per_tile = plan.finds_states ? 1 : kScanBwdTile / p.chunk_size;
   plan.tile_l = plan.finds_states ? kScanBwdTile : plan.chunks_per_tile * p.chunk_size;

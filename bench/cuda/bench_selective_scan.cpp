@@ -50,7 +50,7 @@ void selective_scan(nvbench::state& state) {
 
 // All gradients; "states" says whether those that the forward saved every 64 steps are given.
 void selective_scan_backward(nvbench::state& state) {
-  constexpr int64_t kChunkSize = 64;
+  constexpr int64_t kChunkSize = 32;
   const Inputs inputs(state);
   const int64_t chunks = (inputs.seqlen + kChunkSize - 1) / kChunkSize;
   const Random chunk_states(inputs.context, -1, 1,

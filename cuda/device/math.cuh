@@ -41,6 +41,12 @@ __device__ __forceinline__ float silu(float x) {
   return x * sigmoid(x);
 }
 
+// 1 - exp(-x) for x >= 0, to a few units in the last place also where the result is tiny.
+__device__ __forceinline__ float one_minus_exp(float x) {
+  const float series = x * (1.0f - x * 0.5f * (1.0f - x * (1.0f / 3) * (1.0f - x * 0.25f)));
+  return x < 0.0625f ? series : 1.0f - exp2_approx(-x * kLog2e);
+}
+
 // The derivative of silu.
 __device__ __forceinline__ float silu_slope(float x) {
   const float s = sigmoid(x);

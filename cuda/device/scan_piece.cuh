@@ -8,19 +8,6 @@
 
 namespace ssmcore::cuda {
 
-__device__ __forceinline__ float low_half(uint32_t word, bfloat16) {
-  return __uint_as_float(word << 16);
-}
-__device__ __forceinline__ float high_half(uint32_t word, bfloat16) {
-  return __uint_as_float(word & 0xffff0000u);
-}
-__device__ __forceinline__ float low_half(uint32_t word, float16) {
-  return __half2float(__ushort_as_half(static_cast<unsigned short>(word)));
-}
-__device__ __forceinline__ float high_half(uint32_t word, float16) {
-  return __half2float(__ushort_as_half(static_cast<unsigned short>(word >> 16)));
-}
-
 // Two fours of neighbouring steps. Where kAlongSteps they are eight steps of one row, for planes
 // contiguous in time; otherwise four steps of two rows, for planes whose rows are neighbours.
 // Elements stay as they lie in memory until they are used, so that loads need not be waited for.

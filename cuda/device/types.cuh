@@ -32,6 +32,20 @@ __device__ __forceinline__ T from_float(float v) {
     return __float2half_rn(v);
 }
 
+// The first and the second of two neighbours in a word.
+__device__ __forceinline__ float low_half(uint32_t word, bfloat16) {
+  return __uint_as_float(word << 16);
+}
+__device__ __forceinline__ float high_half(uint32_t word, bfloat16) {
+  return __uint_as_float(word & 0xffff0000u);
+}
+__device__ __forceinline__ float low_half(uint32_t word, float16) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(word)));
+}
+__device__ __forceinline__ float high_half(uint32_t word, float16) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(word >> 16)));
+}
+
 // N neighbours, loaded and stored at once: 16 bytes at most. The pointer must be aligned to it.
 template <typename T, int N>
 struct alignas(sizeof(T) * N) Vector {

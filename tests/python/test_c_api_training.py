@@ -69,13 +69,13 @@ def block_weights(weights: dict[str, np.ndarray], A: np.ndarray) -> ctypes.Struc
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("keep_all", [False, True])
-def test_block(context: ctypes.c_void_p, keep_all: bool, accumulate: bool) -> None:
+@pytest.mark.parametrize("keep", [(), ("u",), ("u", "delta")], ids=["least", "u", "all"])
+def test_block(context: ctypes.c_void_p, keep: tuple[str, ...], accumulate: bool) -> None:
     """Forward and backward in memory of NaN; gradients are added to where that is asked."""
     case = BlockCase(seqlen=100, proj_bias=True)
     inputs = {**case.inputs(), **initial(case.states())}
     douts = output_gradients(case)
-    out, saved, *states = ops.mamba_block_train_fwd(**inputs, return_states=True, keep_all=keep_all)
+    out, saved, *states = ops.mamba_block_train_fwd(**inputs, return_states=True, keep=keep)
     kept = {name: np.full_like(a, np.nan) for name, a in saved.arrays().items() if a is not None}
     expected_kept = {name: array.copy() for name, array in saved.arrays().items() if name in kept}
     expected = by_name(ops.mamba_block_bwd(saved=saved, **inputs, **douts))

@@ -64,10 +64,14 @@ def in_double(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def forward_and_backward(
-    inputs: dict[str, Any], douts: dict[str, np.ndarray], *, keep_all: bool = False, **options: Any
+    inputs: dict[str, Any],
+    douts: dict[str, np.ndarray],
+    *,
+    keep: tuple[str, ...] = (),
+    **options: Any,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """(out, every gradient by the name of its input); states may be among `inputs`."""
-    out, saved = ops.mamba_block_train_fwd(**inputs, keep_all=keep_all)
+    out, saved = ops.mamba_block_train_fwd(**inputs, keep=keep)
     return out, by_name(ops.mamba_block_bwd(saved=saved, **inputs, **douts, **options))
 
 
@@ -208,15 +212,17 @@ def test_golden() -> None:
         assert_close(gradients[name], gradient, "float32", rounded=True)
 
 
-@pytest.mark.parametrize("keep_all", [False, True])
+@pytest.mark.parametrize("keep", [(), ("u",), ("u", "delta")], ids=["least", "u", "all"])
 @pytest.mark.parametrize("norms", [{}, FALCON], ids=["mamba", "falcon"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_forward_is_that_of_inference(dtype: str, norms: dict[str, float], keep_all: bool) -> None:
+def test_forward_is_that_of_inference(
+    dtype: str, norms: dict[str, float], keep: tuple[str, ...]
+) -> None:
     case = BlockCase(dtype=dtype, seqlen=150)
     inputs, states = {**case.inputs(), **norms}, case.states()
     before = {name: state.copy() for name, state in states.items()}
     out, _, *after = ops.mamba_block_train_fwd(
-        **inputs, **initial(states), return_states=True, keep_all=keep_all
+        **inputs, **initial(states), return_states=True, keep=keep
     )
     for name in STATES:
         assert_same_bits(states[name], before[name])
@@ -232,7 +238,7 @@ def test_kept_is_computed_again(dtype: str, norms: dict[str, float]) -> None:
     inputs = {**case.inputs(), **initial(case.states()), **norms}
     douts = output_gradients(case)
     _, gradients = forward_and_backward(inputs, douts)
-    _, kept = forward_and_backward(inputs, douts, keep_all=True)
+    _, kept = forward_and_backward(inputs, douts, keep=("u", "delta"))
     for name, gradient in gradients.items():
         assert_same_bits(kept[name], gradient)
 
@@ -421,7 +427,7 @@ def test_saved_is_missing(saved: Any) -> None:
 @pytest.mark.parametrize("name", ["xz", "delta_B_C", "y", "chunk_states", "u", "delta"])
 def test_saved_of_another_call(name: str) -> None:
     case = BlockCase()
-    _, saved = ops.mamba_block_train_fwd(**case.inputs(), keep_all=True)
+    _, saved = ops.mamba_block_train_fwd(**case.inputs(), keep=("u", "delta"))
     setattr(saved, name, getattr(saved, name)[:1])
     with refuses("mamba_block_bwd", name):
         ops.mamba_block_bwd(output_gradients(case)["dout"], **case.inputs(), saved=saved)

@@ -132,7 +132,7 @@ def test_packed_is_separate(
             elif name != "dinitial_state":
                 sums[name] += gradient
     for name in packed.keys() - {*PER_STEP, "dinitial_state"}:
-        assert_close(packed[name], sums[name], tolerance(packed[name].dtype))
+        assert_close(packed[name], sums[name], tolerance(packed[name].dtype, packed["du"].dtype))
 
 
 @pytest.mark.parametrize("A", ["real", "complex"])
@@ -205,7 +205,9 @@ def test_nan_in_one_channel_stays_there(backend: Backend) -> None:
     assert_same_bits(spoilt["du"], clean["du"])
     assert_same_bits(spoilt["dinitial_state"], clean["dinitial_state"])
     spoilt["dA"][5] = clean["dA"][5]
-    spoilt["dB"][1, :, 20], spoilt["dC"][1, :, 20:] = clean["dB"][1, :, 20], clean["dC"][1, :, 20:]
+    spoilt["dB"][1, :, 20] = clean["dB"][1, :, 20]
+    # A GPU sums up eight steps at once, with zeros for all but one of them.
+    spoilt["dC"][1, :, 16:] = clean["dC"][1, :, 16:]
     spoilt["ddelta"][1, 5, 20:] = clean["ddelta"][1, 5, 20:]
     for name in ("dA", "dB", "dC", "ddelta"):
         assert_same_bits(spoilt[name], clean[name])

@@ -9,7 +9,7 @@
 namespace ssmcore {
 
 // Steps between two states of MambaBlockSaved::chunk_states.
-inline constexpr int64_t kMambaBlockChunkSize = 64;
+inline constexpr int64_t kMambaBlockChunkSize = 32;
 
 // What the forward pass leaves for the backward pass, in the caller's memory; each contiguous and,
 // unless said otherwise, of x's dtype. The last two are computed again where they are absent.

@@ -79,7 +79,7 @@ struct SelectiveScanBwdArgs {
   TensorView initial_state;  // as it was before the forward
   TensorView state_indices;  // of initial_state, dlast_state and dinitial_state
   TensorView chunk_states;  // optional: as the forward wrote them. Absent, they are computed again,
-  int64_t chunk_size = 0;   // for about one more forward's time. 64 is the fastest; a GPU computes
+  int64_t chunk_size = 0;   // for about one more forward's time. 32 is the fastest; a GPU computes
                             // those of longer chunks again
 
   TensorView dout;         // (batch, dim, seqlen), u's dtype

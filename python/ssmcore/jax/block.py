@@ -97,7 +97,8 @@ def mamba_block(
 
 
 _RESULTS = ("out", "final_conv_state", "last_ssm_state")
-_SAVED = ("xz", "delta_B_C", "y", "chunk_states", "u", "delta")
+# delta is computed again: a small product, for much memory.
+_SAVED = ("xz", "delta_B_C", "y", "chunk_states", "u")
 _STATES = ("initial_conv_state", "initial_ssm_state")
 
 
@@ -123,8 +124,8 @@ _block.defvjp(_block_fwd, _block_bwd)
 
 
 @functools.cache
-def _forward(eps: float, keep_all: bool, packed: bool) -> Callable[[Arrays], Arrays]:
-    """`keep_all`: with what the backward would compute again."""
+def _forward(eps: float, keep: bool, packed: bool) -> Callable[[Arrays], Arrays]:
+    """`keep`: also u, which the backward would compute again."""
 
     def forward(arrays: Arrays) -> Arrays:
         x, A, cu_seqlens = arrays["x"], arrays["A"], arrays.get("cu_seqlens")
@@ -147,8 +148,7 @@ def _forward(eps: float, keep_all: bool, packed: bool) -> Callable[[Arrays], Arr
             "delta_B_C": activation(arrays["dt_proj"].shape[1] + 2 * dstate),
             "y": activation(dim),
             "chunk_states": shaped((batch, chunks, dim, dstate), A.dtype),
-            "u": activation(dim) if keep_all else None,
-            "delta": activation(dim) if keep_all else None,
+            "u": activation(dim) if keep else None,
         }
         return call("mamba_block_train_fwd", arrays, results, **_options(eps))
 

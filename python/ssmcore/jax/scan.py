@@ -27,7 +27,7 @@ from ._calls import (
 from ._vmap import foldable
 
 # Steps between two states that the forward keeps for the backward.
-_CHUNK_SIZE = 64
+_CHUNK_SIZE = 32
 
 
 def selective_scan(

@@ -67,7 +67,7 @@ def mamba_block_train_fwd(
     cu_seqlens: Array | None = None,
     dt_B_C_norm_eps: float | None = None,
     return_states: bool = False,
-    keep_all: bool = False,
+    keep: Collection[str] = (),
 ) -> Any:
     """`mamba_block` over a sequence, leaving its arguments as they are, for training.
 
@@ -76,14 +76,17 @@ def mamba_block_train_fwd(
         initial_conv_state: (B, D, W - 1), x's dtype; packed (S, D, W - 1). Default zeros.
         initial_ssm_state: (B, D, N), float32; packed (S, D, N). Default zeros.
         return_states: also return the states after the last step, of these shapes.
-        keep_all: keep also what `mamba_block_bwd` would compute again, which takes 2 D more numbers
-            a step and saves a convolution and a product with dt_proj.
+        keep: of "u" and "delta", what to keep as well, which takes D more numbers a step each.
+            Otherwise `mamba_block_bwd` computes them again: u by a convolution, delta by a product
+            with dt_proj.
 
     Returns:
         (out, saved), or (out, saved, final_conv_state, last_ssm_state): out is (B, L, d_model),
         like x, and saved a `MambaBlockSaved`.
     """
     op = "mamba_block_train_fwd"
+    if other := set(keep) - {"u", "delta"}:
+        raise InvalidArgumentError(f"{op}: keep has {min(other)!r}; expected 'u' and 'delta' only")
     require_rank(x, f"{op}: x", 3, "(batch, seqlen, d_model)")
     parameters = block_parameters(op, weights, dt_B_C_norm_eps)
     for name in ("A_log", "dt_proj.weight"):
@@ -107,8 +110,8 @@ def mamba_block_train_fwd(
         delta_B_C=activation(dt_rank + 2 * dstate),
         y=activation(dim),
         chunk_states=library.empty((batch, chunks, dim, dstate), parameter),
-        u=activation(dim) if keep_all else None,
-        delta=activation(dim) if keep_all else None,
+        u=activation(dim) if "u" in keep else None,
+        delta=activation(dim) if "delta" in keep else None,
     )
     out = library.empty(x.shape, dtype)
     library.prepare_products()

@@ -54,7 +54,7 @@ def selective_scan_bwd(
             `selective_scan` had them.
         dlast_state: (B, D, N), A's dtype; packed: (S, D, N). Default zeros.
         chunk_states, chunk_size: what `selective_scan` returned for a chunk_size, and that. Without
-            them the states take about one more forward's time; 64 is the fastest size, and
+            them the states take about one more forward's time; 32 is the fastest size, and
             a GPU computes those of longer chunks again.
         needs: names of the inputs whose gradients are wanted; default: of all that are there.
 

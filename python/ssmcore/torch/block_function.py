@@ -55,7 +55,8 @@ def mamba_block_fn(
 
 
 _ARGUMENTS = f"Tensor x, {PARAMETERS}, float dt_B_C_norm_eps"
-_SAVED = ("xz", "delta_B_C", "y", "chunk_states", "u", "delta")
+# delta is computed again: a small product, for much memory.
+_SAVED = ("xz", "delta_B_C", "y", "chunk_states", "u")
 _INPUTS = ("x", *NAMES)
 
 
@@ -70,7 +71,7 @@ def _mamba_block_train(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     if not keep:
         out = ops.mamba_block(x, weights, dt_B_C_norm_eps=eps or None)
         return (out, *(x.new_empty(0) for _ in _SAVED))
-    out, saved = ops.mamba_block_train_fwd(x, weights, dt_B_C_norm_eps=eps or None, keep_all=True)
+    out, saved = ops.mamba_block_train_fwd(x, weights, dt_B_C_norm_eps=eps or None, keep=["u"])
     return (out, *(saved.arrays()[name] for name in _SAVED))
 
 
@@ -93,7 +94,6 @@ def _(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         activation(named["x_proj.weight"].shape[0]),
         activation(dim),
         named["A_log"].new_empty((batch, chunks, dim, dstate)),
-        activation(dim),
         activation(dim),
     )
 

@@ -22,7 +22,7 @@ from ._operands import (
 from ._operators import count_as_written, differentiable, fake, operator, spread
 
 # Steps between two states that the forward keeps for the backward.
-_CHUNK_SIZE = 64
+_CHUNK_SIZE = 32
 
 
 def selective_scan_fn(
