@@ -13,91 +13,10 @@ namespace ssmcore::cuda {
 // `Right` is the vector in one of eight columns, of which a thread gives factors number
 // inner(lane, 0) to inner(lane, 3).
 //
-// Of 16-bit types as float16, scaled (scan_bwd_scales.cuh). The halves of a channel's states change
-// places in every second four of channels, so that eight channels' lie in different banks.
+// As float32.
 template <typename T>
 class ScanBwdHistory {
   using Shape = ScanBwdShape<T>;
-  static constexpr int kRow = Shape::kDstate / 2;  // words of a channel
-
- public:
-  struct Left {
-    uint32_t word[4];
-  };
-  // For float16 results, also what the rounding of the factors leaves.
-  static constexpr int kParts = std::is_same_v<T, float16> ? 2 : 1;
-  struct Right {
-    uint32_t word[kParts][2];
-  };
-
-  __device__ ScanBwdHistory(const ScanBwdMemory<T>& memory, int lane) {
-    const int row = lane % 8, upper = lane / 8 % 2, last = lane / 16;
-    const auto of = [&](int row, int half) {
-      return memory.history() + row * kRow + (half ^ (row / 4 % 2)) * 4;
-    };
-    over_states_ = of(row + 8 * upper, last);
-    over_channels_ = of(row + 8 * last, upper);
-  }
-
-  __device__ __forceinline__ static float* at(const ScanBwdMemory<T>& memory, int row,
-                                              int first_n) {
-    return memory.history() + row * kRow + ((first_n / 8) ^ (row / 4 % 2)) * 4 + first_n % 8 / 2;
-  }
-  __device__ __forceinline__ static void store(float* at, int slot, const Four& states) {
-    *reinterpret_cast<uint2*>(at + slot * Shape::kHistory) = make_uint2(
-        pack_f16(states.value[0], states.value[1]), pack_f16(states.value[2], states.value[3]));
-  }
-  __device__ __forceinline__ static Four load(const float* at, int slot) {
-    const uint2 words = *reinterpret_cast<const uint2*>(at + slot * Shape::kHistory);
-    return {low_half(words.x, float16()), high_half(words.x, float16()),
-            low_half(words.y, float16()), high_half(words.y, float16())};
-  }
-
-  template <bool kOverStates>
-  __device__ __forceinline__ static int inner(int lane, int i) {
-    return lane % 4 * 2 + i % 2 + i / 2 * 8;
-  }
-  template <bool kOverStates>
-  __device__ __forceinline__ Left left(int slot, int first_row) const {
-    Left left;
-    load_matrices<!kOverStates>(left.word, (kOverStates ? over_states_ : over_channels_) +
-                                               slot * Shape::kHistory + first_row * kRow);
-    return left;
-  }
-  __device__ __forceinline__ static Right right(const float (&factor)[4]) {
-    Right right;
-    float rest[4] = {factor[0], factor[1], factor[2], factor[3]};
-#pragma unroll
-    for (auto& part : right.word)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        part[i] = pack_f16(rest[2 * i], rest[2 * i + 1]);
-        rest[2 * i] -= low_half(part[i], float16());
-        rest[2 * i + 1] -= high_half(part[i], float16());
-      }
-    return right;
-  }
-  __device__ __forceinline__ static Right only_if(bool condition, Right right) {
-#pragma unroll
-    for (auto& part : right.word)
-#pragma unroll
-      for (uint32_t& word : part) word = condition ? word : 0;
-    return right;
-  }
-  __device__ __forceinline__ static void multiply(float (&sum)[4], const Left& left,
-                                                  const Right& right) {
-#pragma unroll
-    for (const auto& part : right.word) multiply_f16(sum, left.word, part);
-  }
-
- private:
-  const float *over_states_, *over_channels_;  // of slot 0, as load_matrices() wants the rows
-};
-
-// Of float32 as that.
-template <>
-class ScanBwdHistory<float> {
-  using Shape = ScanBwdShape<float>;
 
  public:
   struct Left {
@@ -107,10 +26,10 @@ class ScanBwdHistory<float> {
     float value[4];
   };
 
-  __device__ ScanBwdHistory(const ScanBwdMemory<float>& memory, int lane)
+  __device__ ScanBwdHistory(const ScanBwdMemory<T>& memory, int lane)
       : memory_(memory.history()), g_(lane / 4), k_(lane % 4) {}
 
-  __device__ __forceinline__ static float* at(const ScanBwdMemory<float>& memory, int row,
+  __device__ __forceinline__ static float* at(const ScanBwdMemory<T>& memory, int row,
                                               int first_n) {
     return memory.history() + row * Shape::kDstate + first_n;
   }
@@ -165,6 +84,70 @@ class ScanBwdHistory<float> {
  private:
   const float* const memory_;
   const int g_, k_;
+};
+
+// Of bfloat16 as float16, scaled (scan_bwd_scales.cuh). The halves of a channel's states change
+// places in every second four of channels, so that eight channels' lie in different banks.
+template <>
+class ScanBwdHistory<bfloat16> {
+  using Shape = ScanBwdShape<bfloat16>;
+  static constexpr int kRow = Shape::kDstate / 2;  // words of a channel
+
+ public:
+  struct Left {
+    uint32_t word[4];
+  };
+  struct Right {
+    uint32_t word[2];
+  };
+
+  __device__ ScanBwdHistory(const ScanBwdMemory<bfloat16>& memory, int lane) {
+    const int row = lane % 8, upper = lane / 8 % 2, last = lane / 16;
+    const auto of = [&](int row, int half) {
+      return memory.history() + row * kRow + (half ^ (row / 4 % 2)) * 4;
+    };
+    over_states_ = of(row + 8 * upper, last);
+    over_channels_ = of(row + 8 * last, upper);
+  }
+
+  __device__ __forceinline__ static float* at(const ScanBwdMemory<bfloat16>& memory, int row,
+                                              int first_n) {
+    return memory.history() + row * kRow + ((first_n / 8) ^ (row / 4 % 2)) * 4 + first_n % 8 / 2;
+  }
+  __device__ __forceinline__ static void store(float* at, int slot, const Four& states) {
+    *reinterpret_cast<uint2*>(at + slot * Shape::kHistory) = make_uint2(
+        pack_f16(states.value[0], states.value[1]), pack_f16(states.value[2], states.value[3]));
+  }
+  __device__ __forceinline__ static Four load(const float* at, int slot) {
+    const uint2 words = *reinterpret_cast<const uint2*>(at + slot * Shape::kHistory);
+    return {low_half(words.x, float16()), high_half(words.x, float16()),
+            low_half(words.y, float16()), high_half(words.y, float16())};
+  }
+
+  template <bool kOverStates>
+  __device__ __forceinline__ static int inner(int lane, int i) {
+    return lane % 4 * 2 + i % 2 + i / 2 * 8;
+  }
+  template <bool kOverStates>
+  __device__ __forceinline__ Left left(int slot, int first_row) const {
+    Left left;
+    load_matrices<!kOverStates>(left.word, (kOverStates ? over_states_ : over_channels_) +
+                                               slot * Shape::kHistory + first_row * kRow);
+    return left;
+  }
+  __device__ __forceinline__ static Right right(const float (&factor)[4]) {
+    return {pack_f16(factor[0], factor[1]), pack_f16(factor[2], factor[3])};
+  }
+  __device__ __forceinline__ static Right only_if(bool condition, const Right& right) {
+    return {condition ? right.word[0] : 0u, condition ? right.word[1] : 0u};
+  }
+  __device__ __forceinline__ static void multiply(float (&sum)[4], const Left& left,
+                                                  const Right& right) {
+    multiply_f16(sum, left.word, right.word);
+  }
+
+ private:
+  const float *over_states_, *over_channels_;  // of slot 0, as load_matrices() wants the rows
 };
 
 }  // namespace ssmcore::cuda

@@ -16,7 +16,7 @@ class ScanBwdBounds {
   }
   template <typename T>
   __device__ __forceinline__ void store(const ScanBwdMemory<T>& memory) const {
-    if (ScanBwdShape<T>::kIsFloat32) return;
+    if (!ScanBwdShape<T>::kIsBfloat16) return;
 #pragma unroll
     for (int i = 0; i < static_cast<int>(ScanBwdBound::count); ++i) {
       const float finite = most_[i] < INFINITY ? most_[i] : 0.0f;
@@ -35,7 +35,7 @@ class ScanBwdBounds {
   float most_[static_cast<int>(ScanBwdBound::count)] = {};
 };
 
-// All are 1 for float32, which is stored as it is.
+// All are 1 for other types than bfloat16, of which float32 is stored.
 template <typename T>
 class ScanBwdScales {
  public:
@@ -62,7 +62,7 @@ class ScanBwdScales {
   }
   // 2^n with 2^14 <= most · 2^n < 2^15, or as far as float32 allows.
   __device__ __forceinline__ static float to_range(float most) {
-    if (ScanBwdShape<T>::kIsFloat32) return 1;
+    if (!ScanBwdShape<T>::kIsBfloat16) return 1;
     const int exponent = __float_as_uint(most) >> 23;  // plus 127
     return __uint_as_float(static_cast<unsigned>(min(14 + 254 - exponent, 227)) << 23);
   }

@@ -15,9 +15,9 @@ __device__ __forceinline__ int64_t pieces_of(int64_t n, int64_t size) {
 // passes in tiles.
 template <typename T>
 struct ScanBwdShape {
-  static constexpr bool kIsFloat32 = std::is_same_v<T, float>;
+  static constexpr bool kIsBfloat16 = std::is_same_v<T, bfloat16>;
   static constexpr int kBlockD =
-      static_cast<int>(scan_bwd_block_d(kIsFloat32 ? DType::float32 : DType::bfloat16));
+      static_cast<int>(scan_bwd_block_d(kIsBfloat16 ? DType::bfloat16 : DType::float32));
   static constexpr int kTile = kScanBwdTile;
   static constexpr int kDstate = 16, kStates = 4;  // at most, and of a thread
   static constexpr int kWarpD = 8, kWarps = kBlockD / kWarpD, kThreads = 32 * kWarps;
@@ -26,7 +26,7 @@ struct ScanBwdShape {
   // keeps threads that read fours together in different banks.
   static constexpr int kRow = kTile + 4, kPlane = kBlockD * kRow;
   static constexpr int kCoefficients = kDstate * kRow;
-  static constexpr int kHistory = kBlockD * kDstate / (kIsFloat32 ? 1 : 2);  // of a step
+  static constexpr int kHistory = kBlockD * kDstate / (kIsBfloat16 ? 2 : 1);  // of a step
 
   // The channel of the block that row `r` of a plane holds. Where a piece has two channels, these
   // are half the rows apart.
