@@ -134,7 +134,7 @@ def scan(layout: str, **sizes: Any) -> dict[str, Call]:
 
 
 def scan_backward(layout: str, **sizes: Any) -> dict[str, Call]:
-    """All gradients, from the states that the forward saves every 64 steps."""
+    """All gradients, from the states that the forward saves every 32 steps."""
     parameters = scan_inputs(layout, **sizes)
     dout = torch.empty_like(parameters["u"]).uniform_(-1, 1)
     *_, states = ssmcore.ops.selective_scan(**parameters, chunk_size=32)

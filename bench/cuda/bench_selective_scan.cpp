@@ -48,7 +48,7 @@ void selective_scan(nvbench::state& state) {
                     args.out}));
 }
 
-// All gradients; "states" says whether those that the forward saved every 64 steps are given.
+// All gradients; "states" says whether those that the forward saved every 32 steps are given.
 void selective_scan_backward(nvbench::state& state) {
   constexpr int64_t kChunkSize = 32;
   const Inputs inputs(state);

@@ -7,6 +7,8 @@
 namespace ssmcore::c_api {
 namespace {
 
+static_assert(SSMCORE_MAMBA_BLOCK_CHUNK_SIZE == kMambaBlockChunkSize);
+
 MambaBlockWeights read_weights(const ssmcore_mamba_block_weights* given,
                                const TensorReader& tensor) {
   const ssmcore_mamba_block_weights w = read_struct(tensor.op(), "weights", given);

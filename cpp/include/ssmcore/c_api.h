@@ -621,7 +621,7 @@ SSMCORE_C_API ssmcore_status ssmcore_mamba_block_fwd(const ssmcore_context* cont
                                                      void* stream);
 
 /* Steps between two states of chunk_states below. */
-#define SSMCORE_MAMBA_BLOCK_CHUNK_SIZE 64
+#define SSMCORE_MAMBA_BLOCK_CHUNK_SIZE 32
 
 /* What the forward pass in training leaves for the backward pass, in the caller's memory; each
  * contiguous and, unless said otherwise, of x's dtype. The last two are computed again where they
