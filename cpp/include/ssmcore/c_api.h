@@ -234,7 +234,8 @@ typedef struct ssmcore_selective_scan_bwd_args {
   const ssmcore_tensor* state_indices; /* of initial_state, dlast_state and dinitial_state */
   const ssmcore_tensor* chunk_states;  /* optional: as the forward wrote them. Without them the call
                                           takes about one more forward's time */
-  int64_t chunk_size;                  /* with chunk_states; 32 is the fastest */
+  int64_t chunk_size;                  /* with chunk_states; fastest: 32 on a GPU, 64
+                                          on a CPU */
   const ssmcore_tensor* dout;          /* (batch, dim, seqlen) */
   const ssmcore_tensor* dlast_state;   /* optional (slots, dim, dstate), A's dtype; absent: zeros */
   /* Each has the shape and dtype of its input. */

@@ -79,8 +79,8 @@ struct SelectiveScanBwdArgs {
   TensorView initial_state;  // as it was before the forward
   TensorView state_indices;  // of initial_state, dlast_state and dinitial_state
   TensorView chunk_states;  // optional: as the forward wrote them. Absent, they are computed again,
-  int64_t chunk_size = 0;   // for about one more forward's time. 32 is the fastest; a GPU computes
-                            // those of longer chunks again
+  int64_t chunk_size = 0;   // for about one more forward's time. On a GPU 32 is the fastest, and
+                            // those of longer chunks are computed again; on a CPU 64 is
 
   TensorView dout;         // (batch, dim, seqlen), u's dtype
   TensorView dlast_state;  // optional (slots, dim, dstate), A's dtype; absent: zeros

@@ -54,8 +54,8 @@ def selective_scan_bwd(
             `selective_scan` had them.
         dlast_state: (B, D, N), A's dtype; packed: (S, D, N). Default zeros.
         chunk_states, chunk_size: what `selective_scan` returned for a chunk_size, and that. Without
-            them the states take about one more forward's time; 32 is the fastest size, and
-            a GPU computes those of longer chunks again.
+            them the states take about one more forward's time. On a GPU 32 is the fastest size,
+            and those of longer chunks are computed again; on a CPU 64 is.
         needs: names of the inputs whose gradients are wanted; default: of all that are there.
 
     Returns:

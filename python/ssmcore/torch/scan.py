@@ -21,8 +21,8 @@ from ._operands import (
 )
 from ._operators import count_as_written, differentiable, fake, operator, spread
 
-# Steps between two states that the forward keeps for the backward.
-_CHUNK_SIZE = 32
+# Steps between two states that the forward keeps for the backward: what is fastest.
+_CHUNK_SIZE, _CPU_CHUNK_SIZE = 32, 64
 
 
 def selective_scan_fn(
@@ -89,7 +89,9 @@ def selective_scan_fn(
     differentiable = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in inputs
     )
-    chunk_size = _CHUNK_SIZE if differentiable and cu_seqlens is None else 0
+    chunk_size = 0
+    if differentiable and cu_seqlens is None:
+        chunk_size = _CHUNK_SIZE if u.is_cuda else _CPU_CHUNK_SIZE
     out, last_state, _ = _selective_scan(
         u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, chunk_size
     )
