@@ -424,6 +424,11 @@ def test_saved_is_missing(saved: Any) -> None:
         ops.mamba_block_bwd(output_gradients(case)["dout"], **case.inputs(), saved=saved)
 
 
+def test_keeps_nothing_else() -> None:
+    with refuses("mamba_block_train_fwd", "keep has 'y'", "'u' and 'delta'"):
+        ops.mamba_block_train_fwd(**BlockCase().inputs(), keep=["u", "y"])
+
+
 @pytest.mark.parametrize("name", ["xz", "delta_B_C", "y", "chunk_states", "u", "delta"])
 def test_saved_of_another_call(name: str) -> None:
     case = BlockCase()
