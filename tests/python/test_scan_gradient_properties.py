@@ -211,3 +211,22 @@ def test_nan_in_one_channel_stays_there(backend: Backend) -> None:
     spoilt["ddelta"][1, 5, 20:] = clean["ddelta"][1, 5, 20:]
     for name in ("dA", "dB", "dC", "ddelta"):
         assert_same_bits(spoilt[name], clean[name])
+
+
+@pytest.mark.parametrize("grows", [False, True], ids=["decaying", "growing"])
+@pytest.mark.parametrize("of_u, of_dout", [(1, 1), (1e-12, 1), (1, 1e-12), (1e10, 1e10)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_magnitudes(backend: Backend, dtype: str, of_u: float, of_dout: float, grows: bool) -> None:
+    """States and their gradients of any size, and A that lets them grow a thousandfold."""
+    case = ScanCase(dim=70, seqlen=96, dtype=dtype, delta_bias=False, delta_softplus=False)
+    inputs = {**case.inputs(), **output_gradients(case)}
+    inputs["A"] = np.random.default_rng(0).uniform(0.1, 1, inputs["A"].shape).astype(np.float32)
+    inputs["A"] *= 1 if grows else -10
+    inputs["delta"] = (np.abs(inputs["delta"].astype(np.float64)) * 0.1).astype(DTYPES[dtype])
+    for name, factor in (("u", of_u), ("dout", of_dout)):
+        inputs[name] = (inputs[name].astype(np.float64) * factor).astype(DTYPES[dtype])
+    for name in ("initial_state", "dlast_state"):
+        if inputs.get(name) is not None:
+            inputs[name] = inputs[name] * np.float32(of_u if name == "initial_state" else of_dout)
+    expected = reference_gradients.selective_scan_bwd(**inputs)
+    assert_all_close(backward(backend, **inputs), expected, inputs)
