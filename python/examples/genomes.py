@@ -93,8 +93,7 @@ def whole_windows(name: str, genome: np.ndarray, longest: int) -> np.ndarray:
 
 
 def main() -> None:
-    options = options_of(__doc__.partition("\n\n")[0], SETTINGS)
-    settings = {name: getattr(options, name) for name in SETTINGS}
+    options, settings = options_of(__doc__.partition("\n\n")[0], SETTINGS)
     folder = Path(options.genomes)
     genome = read_genome(folder / TRAINED)
     end = len(genome) - int(HELD_OUT * len(genome))

@@ -80,8 +80,7 @@ def accuracy(model: ssmcore.Model, data: Batch) -> float:
 
 
 def main() -> None:
-    options = options_of(__doc__.partition("\n\n")[0], SETTINGS)
-    settings = {name: getattr(options, name) for name in SETTINGS}
+    options, settings = options_of(__doc__.partition("\n\n")[0], SETTINGS)
     seed, length, vocab = options.seed, options.length, options.vocab
     model = new_model(options, vocab)
     training = Training(

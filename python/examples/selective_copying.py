@@ -74,8 +74,7 @@ def accuracy(model: ssmcore.Model, length: int, batches: list[Batch]) -> float:
 
 
 def main() -> None:
-    options = options_of(__doc__.partition("\n\n")[0], SETTINGS)
-    settings = {name: getattr(options, name) for name in SETTINGS}
+    options, settings = options_of(__doc__.partition("\n\n")[0], SETTINGS)
     sizes = (options.batch, options.length, options.copied, options.vocab)
     model = new_model(options, options.vocab)
     training = Training(

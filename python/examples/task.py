@@ -27,9 +27,9 @@ CHECKED, MEASURED = 2**40, 2**41
 Settings = dict[str, tuple[Any, str]]  # by name: the default, and what it is
 
 
-def options_of(description: str, settings: Settings) -> argparse.Namespace:
-    """The command line: where, for how long, and the settings; `deadline` is when to stop, as
-    `time.monotonic()` counts."""
+def options_of(description: str, settings: Settings) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The command line: where, for how long, and the settings, which are also given by name;
+    `deadline` is when to stop, as `time.monotonic()` counts."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on with the run of the folder")
@@ -46,7 +46,7 @@ def options_of(description: str, settings: Settings) -> argparse.Namespace:
         )
     options = parser.parse_args()
     options.deadline = time.monotonic() + 60 * options.minutes
-    return options
+    return options, {name: getattr(options, name) for name in settings}
 
 
 def new_model(options: argparse.Namespace, vocab_size: int) -> ssmcore.Model:
